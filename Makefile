@@ -1,0 +1,40 @@
+# make demo    train, build the lookups, generate from disk (about 6 minutes on 2 cores after set-up)
+# make test    the test suite
+# make lint    formatting, lint, types, spelling
+# Each sets up .venv by itself: the torch build that fits this machine (CPU without a GPU), then the package.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint format clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=auto -c constraints.txt torch \
+		|| $(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/flexmemory demo --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -o addopts= -m compile
+
+lint: setup
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/codespell src tests docs *.md
+
+format: setup
+	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

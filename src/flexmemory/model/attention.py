@@ -1,0 +1,74 @@
+"""Causal self-attention with rotary positions and optional grouped-query heads.
+
+Dimension key: B batch, T new tokens, S cached and new tokens, H query heads, G key and value heads, E head width,
+D model width.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flexmemory.config import ModelConfig
+from flexmemory.model.kv_cache import KVCacheLike
+
+
+def rotary_table(
+    start: int, length: int, *, head_size: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "2 T E"]:
+    """Cosines and sines of positions `start` .. `start + length - 1`, the pairing of Llama (halves, not neighbours).
+
+    Angles are computed in fp64, so the table is exact to its dtype (at least fp32).
+    """
+    positions = torch.arange(start, start + length, device=device, dtype=torch.float64)
+    exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float64) / head_size
+    angles = positions[:, None] * theta**-exponents  # (T, E/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (T, E)
+    return torch.stack((angles.cos(), angles.sin())).to(torch.promote_types(dtype, torch.float32))
+
+
+def rotate(x: Float[Tensor, "B H T E"], rotary: Float[Tensor, "2 T E"]) -> Float[Tensor, "B H T E"]:
+    """Turn each head vector by the angle of its position."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * rotary[0] + torch.cat((-second, first), dim=-1) * rotary[1]).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention; queries, keys and values come from one fused projection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        """Attention of layer `layer`."""
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_size = config.head_size
+        total_heads = config.num_heads + 2 * config.num_kv_heads
+        self.qkv = nn.Linear(config.hidden_size, total_heads * config.head_size, bias=False)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotary: Float[Tensor, "2 T E"],
+        mask: Bool[Tensor, "T S"] | None = None,
+        kv_cache: KVCacheLike | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attend to this and earlier tokens; `mask` is needed only for several new tokens after cached ones."""
+        batch, length, _ = x.shape
+        heads = self.qkv(x).view(batch, length, -1, self.head_size).transpose(1, 2)  # (B, H+2G, T, E)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if kv_cache is not None:
+            key, value = kv_cache.update(key, value, self.layer)  # (B, G, S, E)
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None and length > 1,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return self.output(attended.transpose(1, 2).reshape(batch, length, -1))

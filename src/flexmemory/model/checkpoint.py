@@ -1,0 +1,180 @@
+"""Checkpoints: a folder of safetensors and JSON that is whole or absent.
+
+    CHECKPOINT/
+      model.safetensors       weights by name; a tied head is stored once
+      config.json             ModelConfig and `model_type`
+      tokenizer.json          with tokenizer_config.json, where the model has a tokenizer
+      manifest.json           format version, size and SHA-256 of every file, fingerprints
+
+Memory weights are the tensors `blocks.*.memory.*`; `Checkpoint.load(memory=False)` does not read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flexmemory.config import MODEL_TYPE, ModelConfig, from_dict, to_dict
+from flexmemory.model.transformer import Transformer
+from flexmemory.storage import read_json, sha256_file, write_json
+from flexmemory.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it could not be written, for instance because the disk is full.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"could not write {path.name} ({error}); is the disk full?") from error
+
+
+def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
+    """Write `model` into the existing `folder` (see `storage.atomic_folder`); the manifest comes last."""
+    state = model.state_dict()
+    if model.config.tie_embeddings:
+        del state["head.weight"]
+    save_tensors(state, folder / WEIGHTS)
+    write_json(folder / "config.json", {"model_type": MODEL_TYPE, **to_dict(model.config)})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    seal(folder, tokenizer)
+
+
+def seal(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Write `manifest.json` over all files of `folder`."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
+    manifest = {
+        "format": "flexmemory-checkpoint",
+        "format_version": FORMAT_VERSION,
+        "fingerprint": entries[WEIGHTS]["sha256"],
+        "tokenizer_fingerprint": "" if tokenizer is None else tokenizer.fingerprint,
+        "files": entries,
+    }
+    write_json(folder / "manifest.json", manifest)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk, opened and found whole."""
+
+    path: Path
+    config: ModelConfig
+    fingerprint: str
+    """SHA-256 of the weights file, as recorded when it was saved."""
+    tokenizer_fingerprint: str
+    """SHA-256 of the tokenizer, empty where there is none."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a checkpoint folder, or the newest checkpoint of a training run's folder.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint at `path`.
+            ValueError: it is incomplete, damaged or of a newer format.
+        """
+        folder = find_checkpoint(Path(path))
+        manifest = read_json(folder / "manifest.json")
+        if manifest.get("format") != "flexmemory-checkpoint":
+            raise ValueError(f"{folder} is not a flexmemory checkpoint (manifest format {manifest.get('format')!r})")
+        if manifest["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{folder} has checkpoint format {manifest['format_version']}; this version reads up to "
+                f"{FORMAT_VERSION}: update flexmemory"
+            )
+        for name, entry in manifest["files"].items():
+            file = folder / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes, expected {entry['bytes']}"
+                raise ValueError(f"checkpoint {folder} is incomplete: {name} {found}")
+        values = read_json(folder / "config.json")
+        if values.pop("model_type", None) != MODEL_TYPE:
+            raise ValueError(f"{folder}/config.json is not of model_type {MODEL_TYPE!r}")
+        return cls(folder, from_dict(ModelConfig, values), manifest["fingerprint"], manifest["tokenizer_fingerprint"])
+
+    def verify(self) -> None:
+        """Check every file against its recorded SHA-256.
+
+        Raises:
+            ValueError: a file differs.
+        """
+        for name, entry in read_json(self.path / "manifest.json")["files"].items():
+            if sha256_file(self.path / name) != entry["sha256"]:
+                raise ValueError(f"checkpoint {self.path} is damaged: {name} does not match its checksum")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer saved with the weights.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return Tokenizer.load(self.path)
+
+    def load(
+        self,
+        *,
+        memory: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Transformer:
+        """The model, in inference mode of its modules (`eval`), in `dtype` (as stored by default) on `device`.
+
+        Args:
+            memory: Whether to read the weights that rows replace; without them `forward` needs `rows`.
+            device: Where weights go, one tensor at a time.
+            dtype: What weights are converted to.
+
+        Raises:
+            ValueError: the file's tensors are not those that the configuration asks for.
+        """
+        with torch.device("meta"):
+            model = Transformer(self.config, with_memory=memory)
+        expected = dict(model.named_parameters())  # a tied head appears once, as the embedding
+        try:
+            with safe_open(self.path / WEIGHTS, framework="pt", device=str(device)) as file:
+                names = {name for name in file.keys() if memory or ".memory." not in name}  # noqa: SIM118
+                if names != expected.keys():
+                    odd = ", ".join(sorted(names ^ expected.keys())[:5])
+                    raise ValueError(f"{self.path / WEIGHTS} does not fit its config.json: see tensors {odd}")
+                for name, parameter in expected.items():
+                    tensor = file.get_tensor(name)
+                    if tensor.shape != parameter.shape:
+                        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(parameter.shape)}")
+                    owner, _, attribute = name.rpartition(".")
+                    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(dtype or tensor.dtype)))
+        except SafetensorError as error:
+            raise ValueError(f"{self.path / WEIGHTS} cannot be read ({error}); it is damaged") from error
+        if self.config.tie_embeddings:
+            model.head.weight = model.embedding.weight
+        return model.eval()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest checkpoint of the run folder `path`.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if (path / "manifest.json").is_file() and (path / WEIGHTS).is_file():
+        return path
+    newest = max(path.glob("checkpoints/step-*/manifest.json"), default=None)
+    if newest is not None:
+        return newest.parent
+    if (path / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{path} is an incomplete checkpoint: it has weights but no manifest.json")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a checkpoint or run folder")
+    raise FileNotFoundError(f"no checkpoint in {path}: expected {WEIGHTS} and manifest.json, or checkpoints/step-*/")

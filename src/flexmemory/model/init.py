@@ -1,0 +1,44 @@
+"""Initial weights: one function sets every tensor of a model."""
+
+from __future__ import annotations
+
+import torch
+
+from flexmemory.config import ModelConfig
+from flexmemory.model.memory import LayerMemory
+from flexmemory.model.transformer import Transformer
+
+INIT_STD = 0.02
+
+
+def init_weights(model: Transformer, *, seed: int) -> None:
+    """Fill `model` in place, the same on every device.
+
+    Matrices and embeddings are normal with std 0.02; those that write to the residual stream are smaller by
+    sqrt(2 L), so that its variance does not grow with depth (GPT-2's rule). Norms are 1. Free tables are 0: a model
+    starts from what its other parts do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = INIT_STD / (2 * model.config.num_layers) ** 0.5
+    tables = {id(m.table.weight) for m in model.modules() if isinstance(m, LayerMemory) and m.table is not None}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if id(parameter) in tables:
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                std = residual_std if name.endswith((".output.weight", ".down.weight")) else INIT_STD
+                values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0, std, generator=generator)
+                parameter.copy_(values)
+
+
+def new_model(config: ModelConfig, *, seed: int, device: torch.device | str = "cpu") -> Transformer:
+    """A freshly initialised fp32 model on `device`."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device=device)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    init_weights(model, seed=seed)
+    return model

@@ -1,0 +1,102 @@
+"""The memory: rows that depend on the token id alone, computed (Eq. 2.5) or looked up (Eq. 2.9).
+
+`MemoryRows` is the one form in which the model receives them: a table of rows for the unique ids of a batch, and an
+index into it. Training, table building, prefill and decode all use it; nothing after this file knows where rows came
+from. Dimension key: B batch, T tokens, U unique ids, L layers, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flexmemory.config import ModelConfig
+from flexmemory.model.ffn import SwiGLU
+
+
+class Rows(Protocol):
+    """What the model needs of its memory: one tensor a layer, or nothing where the layer is dropped."""
+
+    def layer(self, layer: int) -> Float[Tensor, "B T D"] | None:
+        """The rows that layer `layer` adds to the residual stream."""
+        ...
+
+
+class MemoryRows:
+    """A table of rows and an index into it.
+
+    `table` is (U, L, D), token-major as on disk; `index` is (B, T), positions in the table. `layers` names the model's
+    layers that the table holds, in the table's order; by default all of them.
+    """
+
+    def __init__(
+        self, table: Float[Tensor, "U L D"], index: Int[Tensor, "B T"], *, layers: Sequence[int] | None = None
+    ) -> None:
+        """Bind an index to a table."""
+        self.table = table
+        self.index = index
+        # One unbind, not L selects: its backward is one stack instead of L zero-padded tables.
+        self._layers = dict(zip(range(table.shape[1]) if layers is None else layers, table.unbind(1), strict=True))
+
+    def layer(self, layer: int) -> Float[Tensor, "B T D"] | None:
+        """The rows that layer `layer` adds to the residual stream, or None where the table leaves it out."""
+        rows = self._layers.get(layer)
+        return None if rows is None else F.embedding(self.index, rows)
+
+
+class ScaledRows:
+    """Rows times a factor per layer: the alpha probe (Table 1) and, with factor 0, dropped layers (Fig. 12)."""
+
+    def __init__(self, rows: Rows, alphas: Sequence[float]) -> None:
+        """Scale layer l of `rows` by `alphas[l]`."""
+        self._rows = rows
+        self._alphas = alphas
+
+    def layer(self, layer: int) -> Float[Tensor, "B T D"] | None:
+        """The scaled rows of layer `layer`, or None where its factor is 0."""
+        alpha = self._alphas[layer]
+        rows = None if alpha == 0 else self._rows.layer(layer)
+        return rows if rows is None or alpha == 1 else rows * alpha
+
+
+class LayerMemory(nn.Module):
+    """The memory of one layer: FFN-M behind a norm of its own, a free table, or their sum."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Allocate what `config.memory_kind` asks for."""
+        super().__init__()
+        self.norm: nn.RMSNorm | None = None
+        self.ffn: SwiGLU | None = None
+        if config.memory_kind != "table":
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
+        has_table = config.memory_kind != "ffn"
+        self.table = nn.Embedding(config.vocab_size, config.hidden_size) if has_table else None
+
+    def query(self, embeddings: Float[Tensor, "U D"]) -> Float[Tensor, "U D"]:
+        """What FFN-M sees of a token: q = LN_L(E[t]), Sec. 2.3.1."""
+        assert self.norm is not None
+        return self.norm(embeddings)
+
+    def coefficients(self, embeddings: Float[Tensor, "U D"]) -> Float[Tensor, "U K"]:
+        """The coefficient of each cell, c(t) of Eq. 2.7."""
+        assert self.ffn is not None
+        return self.ffn.coefficients(self.query(embeddings))
+
+    def forward(self, token_ids: Int[Tensor, " U"], embeddings: Float[Tensor, "U D"]) -> Float[Tensor, "U D"]:
+        """The rows of `token_ids`, whose embeddings are given: FFN_L(LN_L(E[t])), Eq. 2.5."""
+        if self.ffn is None:
+            assert self.table is not None
+            return self.table(token_ids)
+        rows = self.ffn(self.query(embeddings))
+        return rows if self.table is None else rows + self.table(token_ids)
+
+
+def unique_ids(token_ids: Int[Tensor, "B T"]) -> tuple[Int[Tensor, " U"], Int[Tensor, "B T"]]:
+    """The sorted distinct ids, and for each position its place among them."""
+    return torch.unique(token_ids, return_inverse=True)

@@ -1,0 +1,226 @@
+"""The whole model: embed, L blocks, norm, head, with rows from either source.
+
+Three blocks share one attention. `DenseBlock` is the Llama-style base; `MemoryBlock` (Eq. 2.6) replaces its FFN by a
+row that depends on the token id alone; `FlexBlock` (Sec. 4.2) keeps a small FFN on the residual stream beside the row.
+Dimension key: B batch, T tokens, U unique ids, L layers, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from flexmemory.config import ModelConfig
+from flexmemory.model.attention import Attention, rotary_table
+from flexmemory.model.ffn import SwiGLU, ffn_c
+from flexmemory.model.kv_cache import KVCacheLike
+from flexmemory.model.memory import LayerMemory, MemoryRows, Rows, unique_ids
+
+
+class Block(nn.Module):
+    """Pre-norm attention, shared by the three blocks."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        """Block of layer `layer`."""
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+
+    def attend(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotary: Float[Tensor, "2 T E"],
+        mask: Bool[Tensor, "T S"] | None,
+        kv_cache: KVCacheLike | None,
+    ) -> Float[Tensor, "B T D"]:
+        """The residual stream after attention."""
+        return x + self.attention(self.attention_norm(x), rotary, mask, kv_cache)
+
+
+class DenseBlock(Block):
+    """Y = X + Attn(LN(X)); X' = Y + FFN(LN(Y))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        """Block of layer `layer`."""
+        super().__init__(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        row: Float[Tensor, "B T D"] | None,
+        rotary: Float[Tensor, "2 T E"],
+        mask: Bool[Tensor, "T S"] | None = None,
+        kv_cache: KVCacheLike | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Ignores `row`: a dense layer has no memory."""
+        y = self.attend(x, rotary, mask, kv_cache)
+        return y + self.ffn(self.ffn_norm(y))
+
+
+class MemoryBlock(Block):
+    """X' = X + Attn(LN(X)) + row (Eq. 2.6, 2.10)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        """Block of layer `layer`."""
+        super().__init__(config, layer)
+        self.memory: LayerMemory | None = LayerMemory(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        row: Float[Tensor, "B T D"] | None,
+        rotary: Float[Tensor, "2 T E"],
+        mask: Bool[Tensor, "T S"] | None = None,
+        kv_cache: KVCacheLike | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attend, then add the row."""
+        y = self.attend(x, rotary, mask, kv_cache)
+        return y if row is None else y + row
+
+
+class FlexBlock(MemoryBlock):
+    """Y = X + Attn(LN(X)); X' = Y + FFN-C(LN(Y)) + row (Sec. 4.2)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        """Block of layer `layer`."""
+        super().__init__(config, layer)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn_c = ffn_c(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        row: Float[Tensor, "B T D"] | None,
+        rotary: Float[Tensor, "2 T E"],
+        mask: Bool[Tensor, "T S"] | None = None,
+        kv_cache: KVCacheLike | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attend, then add FFN-C's output and the row."""
+        y = self.attend(x, rotary, mask, kv_cache)
+        out = y + self.ffn_c(self.ffn_norm(y))
+        return out if row is None else out + row
+
+
+_BLOCKS: dict[str, type[DenseBlock | MemoryBlock | FlexBlock]] = {
+    "dense": DenseBlock,
+    "memory": MemoryBlock,
+    "flex": FlexBlock,
+}
+
+
+class Transformer(nn.Module):
+    """A causal language model of any of the three architectures.
+
+    Weights are allocated but not initialised: see `model/init.py` and `model/checkpoint.py`.
+    """
+
+    def __init__(self, config: ModelConfig, *, with_memory: bool = True) -> None:
+        """Allocate the weights; without `with_memory`, all but those that rows replace."""
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        block = _BLOCKS[config.architecture]
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if not with_memory:
+            self.drop_memory()
+
+    def drop_memory(self) -> None:
+        """Free the weights that rows replace; from here on `forward` needs `rows`."""
+        for block in self.blocks:
+            if isinstance(block, MemoryBlock):
+                block.memory = None
+
+    @property
+    def memories(self) -> list[LayerMemory]:
+        """The memory of each layer.
+
+        Raises:
+            ValueError: the model is dense, or its memory weights were not loaded.
+        """
+        memories = [block.memory for block in self.blocks if isinstance(block, MemoryBlock)]
+        present = [memory for memory in memories if memory is not None]
+        if not present:
+            reason = "its memory weights are not loaded" if memories else "it is dense"
+            raise ValueError(f"this model cannot compute rows: {reason}")
+        return present
+
+    def compute_rows(self, token_ids: Int[Tensor, " U"]) -> Float[Tensor, "U L D"]:
+        """Rows of each id in every layer (Eq. 2.9), computed by FFN-M and free tables."""
+        embeddings = self.embedding(token_ids)
+        return torch.stack([memory(token_ids, embeddings) for memory in self.memories], dim=1)
+
+    def rows(self, token_ids: Int[Tensor, "B T"]) -> MemoryRows:
+        """Rows of a batch, computed once per unique id.
+
+        Raises:
+            ValueError: the model is dense, or its memory weights were not loaded.
+        """
+        unique, index = unique_ids(token_ids)
+        return MemoryRows(self.compute_rows(unique), index)
+
+    def hidden_states(
+        self, token_ids: Int[Tensor, "B T"], rows: Rows | None = None, kv_cache: KVCacheLike | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """The normed residual stream that the head reads; arguments as for `forward`."""
+        start = 0 if kv_cache is None else kv_cache.get_seq_length()
+        self._check(token_ids, start)
+        if rows is None and self.config.has_memory:
+            rows = self.rows(token_ids)
+        x = self.embedding(token_ids)  # (B, T, D)
+        length = token_ids.shape[1]
+        rotary = rotary_table(
+            start,
+            length,
+            head_size=self.config.head_size,
+            theta=self.config.rope_theta,
+            device=x.device,
+            dtype=x.dtype,
+        )
+        mask = None
+        if start > 0 and length > 1:
+            mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
+        for layer, block in enumerate(self.blocks):
+            row = None if rows is None else rows.layer(layer)
+            x = block(x, row, rotary, mask, kv_cache)
+        return self.norm(x)
+
+    def forward(
+        self, token_ids: Int[Tensor, "B T"], rows: Rows | None = None, kv_cache: KVCacheLike | None = None
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the next token at every position.
+
+        Args:
+            token_ids: The new tokens; those before them are in `kv_cache`.
+            rows: The memory rows of these tokens; computed here from FFN-M when not given.
+            kv_cache: Keys and values of earlier tokens; the new ones are appended.
+
+        Raises:
+            ValueError: an id is out of range (checked on CPU), the sequence is longer than `max_seq_len`, or `rows`
+                are missing and cannot be computed.
+        """
+        return self.head(self.hidden_states(token_ids, rows, kv_cache))
+
+    def _check(self, token_ids: Tensor, start: int) -> None:
+        stop = start + token_ids.shape[1]
+        if stop > self.config.max_seq_len:
+            raise ValueError(f"sequence of {stop} tokens is longer than the model's {self.config.max_seq_len}")
+        if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_token_ids(token_ids, self.config.vocab_size)
+
+
+def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary.
+
+    Raises:
+        ValueError: an id is negative or not below `vocab_size`.
+    """
+    if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
+        bad = token_ids[(token_ids < 0) | (token_ids >= vocab_size)].flatten()[0]
+        raise ValueError(f"token id {int(bad)} is out of range: the vocabulary has {vocab_size} ids")

@@ -1,0 +1,125 @@
+"""Text to token ids and back, over the `tokenizers` library.
+
+Every document starts with one boundary token, in training as in prompts, so a model knows where text begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from flexmemory.storage import read_json, write_json
+
+BOUNDARY = "<|endoftext|>"
+_KNOWN_BOUNDARIES = ("<|begin_of_text|>", BOUNDARY, "<s>", "<bos>", "[BOS]", "<|bos|>")
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer and the token that marks document boundaries."""
+
+    def __init__(self, core: tokenizers.Tokenizer, *, boundary: str | None = None) -> None:
+        """Wrap `core`; without `boundary`, the first well-known boundary token of its vocabulary is taken.
+
+        Raises:
+            ValueError: the boundary token is not in the vocabulary, or none is known.
+        """
+        known = (boundary,) if boundary else _KNOWN_BOUNDARIES
+        found = next((token for token in known if core.token_to_id(token) is not None), None)
+        if found is None:
+            raise ValueError(f"the tokenizer has no token {' or '.join(known)}; name its document boundary token")
+        self.core = core
+        self.boundary = found
+
+    @classmethod
+    def load(cls, source: str | Path, *, boundary: str | None = None) -> Tokenizer:
+        """Read a `tokenizer.json`, or the folder that holds one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a tokenizer.
+        """
+        path = Path(source)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}")
+        settings = path.with_name("tokenizer_config.json")
+        if boundary is None and settings.is_file():
+            token = read_json(settings).get("bos_token")
+            boundary = token if isinstance(token, str) else None
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library's only exception
+            raise ValueError(f"{path} is not a tokenizer.json ({error})") from error
+        return cls(core, boundary=boundary)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+        """Train a byte-level BPE of at most `vocab_size` ids on `texts`."""
+        core = tokenizers.Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        core.post_processor = processors.ByteLevel(trim_offsets=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[BOUNDARY],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        core.train_from_iterator(texts, trainer)
+        return cls(core)
+
+    @property
+    def vocab_size(self) -> int:
+        """V: one more than the largest id."""
+        return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def boundary_id(self) -> int:
+        """Id of the boundary token."""
+        return self.core.token_to_id(self.boundary)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what defines the mapping from text to ids."""
+        content = json.dumps([json.loads(self.core.to_str()), self.boundary], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without a boundary token."""
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, on all cores."""
+        return [item.ids for item in self.core.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`; boundary tokens are left out."""
+        return self.core.decode([int(token) for token in token_ids], skip_special_tokens=True)
+
+    def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
+        """Text of `token_ids` in pieces, each as soon as it is complete UTF-8."""
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        for token in token_ids:
+            piece = stream.step(self.core, token)
+            if piece:
+                yield piece
+
+    def token(self, token_id: int) -> str:
+        """The readable form of one token: its text, or its raw name where it is no whole text."""
+        text = self.core.decode([token_id], skip_special_tokens=False)
+        return text if text and "\ufffd" not in text else str(self.core.id_to_token(token_id))
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` (the names that transformers reads)."""
+        (folder / "tokenizer.json").write_text(self.core.to_str(pretty=True), encoding="utf-8")
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.boundary,
+            "eos_token": self.boundary,
+        }
+        write_json(folder / "tokenizer_config.json", settings)

@@ -1,0 +1,76 @@
+"""How a row is written as bytes.
+
+A codec turns rows (U, L, D) into (U, row_bytes) uint8 and back, layer after layer, so that the first layers of a row
+are a prefix of its bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """One way to store rows."""
+
+    @property
+    def name(self) -> str:
+        """Name in manifests and on the command line."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of decoded rows."""
+        ...
+
+    def row_bytes(self, num_layers: int, hidden_size: int) -> int:
+        """Bytes of one token's rows, before padding."""
+        ...
+
+    def encode(self, rows: Float[Tensor, "U L D"]) -> UInt8[Tensor, "U row_bytes"]:
+        """Bytes of `rows`."""
+        ...
+
+    def decode(self, data: UInt8[Tensor, "U row_bytes"], out: Float[Tensor, "U L D"]) -> None:
+        """Write the rows that `data` holds into `out`, whose dtype is `dtype`."""
+        ...
+
+
+class PlainCodec:
+    """Numbers as they are, in one floating-point dtype; decoding moves bytes and changes none."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        """Store rows in `dtype`."""
+        self.name = name
+        self.dtype = dtype
+
+    def row_bytes(self, num_layers: int, hidden_size: int) -> int:
+        """Bytes of one token's rows, before padding."""
+        return num_layers * hidden_size * self.dtype.itemsize
+
+    def encode(self, rows: Float[Tensor, "U L D"]) -> UInt8[Tensor, "U row_bytes"]:
+        """Bytes of `rows`, rounded to the codec's dtype."""
+        return rows.to(self.dtype).contiguous().view(torch.uint8).flatten(1)
+
+    def decode(self, data: UInt8[Tensor, "U row_bytes"], out: Float[Tensor, "U L D"]) -> None:
+        """Copy the bytes into `out`."""
+        out.view(torch.uint8).flatten(1).copy_(data)
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec for codec in (PlainCodec("bf16", torch.bfloat16), PlainCodec("fp32", torch.float32))
+}
+
+
+def get_codec(name: str) -> Codec:
+    """The codec called `name`.
+
+    Raises:
+        ValueError: this version has none of that name.
+    """
+    if name not in CODECS:
+        raise ValueError(f"unknown ToL codec {name!r}; this version has {', '.join(CODECS)}")
+    return CODECS[name]
