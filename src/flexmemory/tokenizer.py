@@ -34,6 +34,7 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no token {' or '.join(known)}; name its document boundary token")
         self.core = core
         self.boundary = found
+        self.boundary_id: int = core.token_to_id(found)
 
     @classmethod
     def load(cls, source: str | Path, *, boundary: str | None = None) -> Tokenizer:
@@ -77,11 +78,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """V: one more than the largest id."""
         return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
-
-    @property
-    def boundary_id(self) -> int:
-        """Id of the boundary token."""
-        return self.core.token_to_id(self.boundary)
 
     @property
     def fingerprint(self) -> str:
