@@ -29,12 +29,12 @@ class Tokenizer:
             ValueError: the boundary token is not in the vocabulary, or none is known.
         """
         known = (boundary,) if boundary else _KNOWN_BOUNDARIES
-        found = next((token for token in known if core.token_to_id(token) is not None), None)
+        ids = ((token, core.token_to_id(token)) for token in known)
+        found = next(((token, token_id) for token, token_id in ids if token_id is not None), None)
         if found is None:
             raise ValueError(f"the tokenizer has no token {' or '.join(known)}; name its document boundary token")
         self.core = core
-        self.boundary = found
-        self.boundary_id: int = core.token_to_id(found)
+        self.boundary, self.boundary_id = found
 
     @classmethod
     def load(cls, source: str | Path, *, boundary: str | None = None) -> Tokenizer:
