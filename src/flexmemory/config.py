@@ -193,14 +193,16 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     missing = [name for name in required if name not in values]
     _require(not missing, f"{cls.__name__} lacks {', '.join(missing)}")
     hints = get_type_hints(cls)
+    typed = dict(values)
     for key, value in values.items():
         expected = hints[key]
         if get_origin(expected) is Literal:
             continue
-        allowed = (int, float) if expected is float else (expected,)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
+        if expected is float and type(value) is int:
+            typed[key] = float(value)
+        elif type(value) is not expected:
             raise ValueError(f"{cls.__name__}.{key} must be {expected.__name__}, got {value!r}")
-    return cls(**values)
+    return cls(**typed)
 
 
 def nearest(name: str, known: Mapping[str, Any]) -> str:

@@ -73,7 +73,7 @@ def describe(config: ModelConfig, *, name: str, context: int) -> str:
             flops = train_flops_per_token(config, unique_share=share)
             lines += _row(f"unique {share:.0%}", f"{flops / 1e9:,.3f} G", note)
     else:
-        lines += _row("", f"{train_flops_per_token(config, unique_share=1) / 1e9:,.3f} G")
+        lines += _row("", f"{train_flops_per_token(config, unique_share=1.0) / 1e9:,.3f} G")
     cache = kv_cache_bytes(config, context=context, bytes_per_number=2)
     rows = row_numbers(config) * 2
     decode = decode_bytes_per_token(config, context=context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,7 @@ from torch import Tensor
 from flexmemory.config import ModelConfig
 
 
+@runtime_checkable
 class KVCacheLike(Protocol):
     """What the model needs of a cache; transformers' `DynamicCache` is one."""
 

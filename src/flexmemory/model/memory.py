@@ -8,7 +8,7 @@ from. Dimension key: B batch, T tokens, U unique ids, L layers, D model width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from flexmemory.config import ModelConfig
 from flexmemory.model.ffn import SwiGLU
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What the model needs of its memory: one tensor a layer, or nothing where the layer is dropped."""
 

@@ -6,13 +6,14 @@ are a prefix of its bytes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 
+@runtime_checkable
 class Codec(Protocol):
     """One way to store rows."""
 
