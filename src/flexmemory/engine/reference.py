@@ -1,0 +1,70 @@
+"""Generation, as simply as it can be said: the loop that every faster engine must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flexmemory.engine.sampling import Sampling, sample
+from flexmemory.model.kv_cache import KVCache
+from flexmemory.model.memory import Rows
+from flexmemory.model.transformer import Transformer, check_token_ids
+
+RowSource = Callable[[Tensor], Rows]
+"""Token ids (B, T) to their rows: `model.rows`, or a lookup in a ToL store."""
+
+
+def generate(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    row_source: RowSource | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """Yield the ids that continue `prompt`, up to a stop id, `max_new_tokens` or the model's longest sequence.
+
+    Rows are computed from FFN-M unless `row_source` gives them.
+
+    Raises:
+        ValueError: the prompt is empty, holds an id out of range, or leaves no room to continue.
+    """
+    limit = model.config.max_seq_len
+    if not 0 < len(prompt) < limit:
+        raise ValueError(f"the prompt has {len(prompt)} tokens; expected 1 to {limit - 1}")
+    device = model.embedding.weight.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    capacity = min(len(prompt) + max_new_tokens, limit)
+    cache = KVCache(model.config, batch_size=1, capacity=capacity, device=device, dtype=model.embedding.weight.dtype)
+    token_ids = torch.tensor([list(prompt)])
+    check_token_ids(token_ids, model.config.vocab_size)
+    token_ids = token_ids.to(device)
+    for _ in range(capacity - len(prompt)):
+        with torch.inference_mode():
+            rows = row_source(token_ids) if row_source else None
+            hidden = model.hidden_states(token_ids, rows, cache)[:, -1]  # (1, D)
+            token_ids = sample(model.head(hidden), sampling, generator)[:, None]
+        token = int(token_ids)
+        if token in stop_ids:
+            return
+        yield token
+
+
+def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pass text on as it comes, up to the first of `stops`; a possible beginning of one is held back."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [held.index(stop) for stop in stops if stop in held]
+        if found:
+            yield held[: min(found)]
+            return
+        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
