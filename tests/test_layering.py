@@ -4,10 +4,12 @@ import ast
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "flexmemory"
-BASE = {"config", "presets", "storage", "tokenizer", "__init__"}
+BASE = {"config", "presets", "storage", "tokenizer", "device", "provenance", "__init__"}
 ALLOWED = {
     "config": set(),
     "storage": set(),
+    "device": set(),
+    "provenance": {"__init__"},
     "__init__": set(),
     "presets": {"config"},
     "tokenizer": {"storage"},
