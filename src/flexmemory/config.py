@@ -149,10 +149,11 @@ class TrainConfig:
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("eval_tokens", "save_every", "keep_checkpoints", "clip_norm", "lr", "divergence_margin"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "z_loss", "lr_final"):
+        for name in ("warmup_steps", "weight_decay", "z_loss", "lr_final", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), got {getattr(self, name)}")
+        _require(self.lr_final <= self.lr, f"lr_final ({self.lr_final}) must not be above lr ({self.lr}): lower it too")
         tokens = self.seq_len * self.micro_batch_size
         _require(
             self.batch_tokens % tokens == 0,

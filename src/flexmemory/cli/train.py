@@ -1,0 +1,122 @@
+"""`flexmemory train PRESET --data DIR --out RUN`: train a model on prepared data."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from flexmemory.config import ModelConfig, TrainConfig
+from flexmemory.presets import get_preset
+from flexmemory.train.data import TokenDataset
+from flexmemory.train.loop import TrainResult, read_run_config, train
+
+PROG = "flexmemory train PRESET"
+HELP_PRESET = "small-memory"
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train a model on prepared data; the preset names the model and the recipe, options change them.
+
+    Ctrl-C saves a checkpoint and stops; a second one stops at once.
+    """
+
+    data: Path
+    """Folder written by `flexmemory prepare`."""
+    out: Path
+    """Folder of the run: checkpoints, metrics, samples."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on from the newest checkpoint of `out`, with that run's options where none are given."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ..., or auto: the GPU where there is one."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """The recipe."""
+    model: ModelConfig
+    """The model; its vocabulary follows the data."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResumeTarget:
+    """The options that say whether defaults are those of a run."""
+
+    out: Path | None = None
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+def parse(options: list[str], *, model: ModelConfig, recipe: TrainConfig) -> Arguments:
+    """The command line after the preset; `model` and `recipe` are the defaults."""
+    defaults = Arguments(data=tyro.MISSING, out=tyro.MISSING, train=recipe, model=model)
+    return tyro.cli(Arguments, args=options, prog=PROG, default=defaults)
+
+
+def follow_vocabulary(model: ModelConfig, *, default: ModelConfig, data: Path) -> ModelConfig:
+    """`model` with the vocabulary of `data`, unless one was asked for."""
+    vocab_size = TokenDataset.open(data).vocab_size
+    if model.vocab_size in (vocab_size, default.vocab_size):
+        if model.vocab_size != vocab_size:
+            logger.info("vocab_size is %d, that of the data, instead of %d", vocab_size, model.vocab_size)
+        return dataclasses.replace(model, vocab_size=vocab_size)
+    return model
+
+
+def defaults_of_run(options: list[str], *, preset: str) -> tuple[ModelConfig, TrainConfig] | None:
+    """Model and recipe of the run that `options` resume, if they do.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+        ValueError: it was started from another preset.
+    """
+    target, _ = tyro.cli(ResumeTarget, args=options, return_unknown_args=True, add_help=False)
+    if not target.resume or target.out is None:
+        return None
+    model, recipe, argv = read_run_config(target.out)
+    if argv and argv[0] != preset:
+        raise ValueError(f"{target.out} was started as {argv[0]}, not {preset}")
+    return model, recipe
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the verb."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"Defaults shown are those of the preset {HELP_PRESET}; `flexmemory info PRESET` describes a preset.\n")
+        argv = [HELP_PRESET, *argv]
+    if not argv or argv[0].startswith("-"):
+        raise ValueError(f"name a preset first: {PROG} --data DIR --out RUN")
+    name, options = argv[0], argv[1:]
+    preset = get_preset(name)
+    model, recipe = defaults_of_run(options, preset=name) or (preset.model, preset.train)
+    args = parse(options, model=model, recipe=recipe)
+    result = train(
+        follow_vocabulary(args.model, default=model, data=args.data),
+        train_config=args.train,
+        data=args.data,
+        out=args.out,
+        resume=args.resume,
+        device=args.device,
+        argv=argv,
+    )
+    if result.signal is not None:
+        command = shlex.join(
+            ["flexmemory", "train", name, "--data", str(args.data), "--out", str(args.out), "--resume"]
+        )
+        stopped_by = signal.Signals(result.signal).name
+        print(f"stopped by {stopped_by}; saved {result.checkpoint}; to go on: {command}", file=sys.stderr)
+        return 128 + result.signal
+    print(_summary(result, recipe=args.train))
+    return 0
+
+
+def _summary(result: TrainResult, *, recipe: TrainConfig) -> str:
+    text = f"{result.step} steps, {result.step * recipe.batch_tokens:,} tokens: loss {result.loss:.4f}"
+    if result.val_loss is not None:
+        text += f", validation {result.val_loss:.4f} (perplexity {math.exp(result.val_loss):.2f})"
+    return f"{text}; {result.checkpoint}"

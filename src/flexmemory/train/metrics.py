@@ -1,0 +1,127 @@
+"""What a run measures: values per step, lines of JSON, a plot."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmemory.train.step import StepValues
+
+SMOOTHING = 0.9
+logger = logging.getLogger(__name__)
+
+
+class Meter:
+    """Gathers step values on the device and reads them only when asked, so that steps wait for nothing.
+
+    It also watches the loss, one step after the other: its running mean must stay finite and within `margin` of its
+    best.
+    """
+
+    def __init__(self, *, margin: float) -> None:
+        """A meter that has seen no step."""
+        self.smoothed: float | None = None
+        """Running mean of the loss."""
+        self._margin = margin
+        self._best = math.inf
+        self._pending: list[tuple[int, Tensor, float]] = []
+        self._values: list[list[float]] = []
+
+    def add(self, step: int, values: StepValues, *, step_tokens: int) -> None:
+        """Note the values of `step`."""
+        self._pending.append((step, values.scalars, values.num_unique / step_tokens))
+
+    def collect(self) -> None:
+        """Wait for the device and take in what was noted.
+
+        Raises:
+            FloatingPointError: a loss or gradient was not finite, or the loss diverged; step and loss are named.
+        """
+        if not self._pending:
+            return
+        steps, scalars, shares = zip(*self._pending, strict=True)
+        self._pending = []
+        for step, row, share in zip(steps, torch.stack(scalars).tolist(), shares, strict=True):
+            self._watch(step, loss=row[0], grad_norm=row[2])
+            self._values.append([*row, share])
+
+    def take(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        columns = zip(*self._values, strict=True)
+        means = [sum(column) / len(self._values) for column in columns]
+        self._values = []
+        return dict(zip(("loss", "ce", "grad_norm", "unique_share"), means, strict=True))
+
+    def _watch(self, step: int, *, loss: float, grad_norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise FloatingPointError(f"step {step} is not finite: loss {loss}, gradient norm {grad_norm}")
+        self.smoothed = loss if self.smoothed is None else SMOOTHING * self.smoothed + (1 - SMOOTHING) * loss
+        self._best = min(self._best, self.smoothed)
+        if self.smoothed > self._best + self._margin:
+            raise FloatingPointError(
+                f"training diverged at step {step}: loss {loss:.4f}, its running mean {self.smoothed:.4f} is more than "
+                f"{self._margin} above its best, {self._best:.4f}"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; every step must have been collected."""
+        assert not self._pending
+        return {"smoothed": self.smoothed, "best": self._best, "values": self._values}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.smoothed, self._best, self._values = state["smoothed"], state["best"], state["values"]
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Add one line of JSON to `path`."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of `path`; a last line that was cut off in writing is left out."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]]
+
+
+def drop_after(path: Path, *, step: int) -> None:
+    """Remove lines of steps after `step` from `path`, in one step; those of a resumed run come again."""
+    if not path.exists():
+        return
+    kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in read_lines(path) if line["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is there; if not, a warning says how to get it."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        logger.warning("no loss.png: matplotlib is not installed; pip install 'flexmemory[train]'")
+    return found
+
+
+def plot_losses(metrics: Path, *, image: Path) -> None:
+    """Draw training and validation cross entropy by tokens from a metrics file."""
+    from matplotlib.figure import Figure  # optional and slow to import
+
+    lines = read_lines(metrics)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("ce", "training"), ("val_loss", "validation")):
+        points = [(line["tokens"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if key == "val_loss" else None)
+            axes.legend()
+    axes.set(xlabel="tokens", ylabel="cross entropy (nats per token)")
+    axes.grid(visible=True, alpha=0.3)
+    figure.savefig(image, dpi=120)
