@@ -36,7 +36,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, data: UInt8[Tensor, "U row_bytes"], out: Float[Tensor, "U L D"]) -> None:
-        """Write the rows that `data` holds into `out`, whose dtype is `dtype`."""
+        """Write the rows that `data` holds over `out`, contiguous, of `dtype` and on any device."""
         ...
 
 
@@ -57,7 +57,9 @@ class PlainCodec:
         return rows.to(self.dtype).contiguous().view(torch.uint8).flatten(1)
 
     def decode(self, data: UInt8[Tensor, "U row_bytes"], out: Float[Tensor, "U L D"]) -> None:
-        """Copy the bytes into `out`."""
+        """Copy the bytes over `out`."""
+        assert out.dtype == self.dtype
+        assert out.is_contiguous()
         out.view(torch.uint8).flatten(1).copy_(data)
 
 

@@ -1,0 +1,105 @@
+"""`flexmemory tol build|info|verify`: token-wise lookups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.tol.build import build_store
+from flexmemory.tol.store import ToLStore
+from flexmemory.tol.verify import SAMPLE, verify_store
+
+
+def build(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    out: Path,
+    codec: str = "bf16",
+    layers: tuple[int, ...] | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Compute every token's rows and write them to a new folder; run again, it goes on where it was interrupted.
+
+    Args:
+        checkpoint: A checkpoint or run folder.
+        out: The folder to make.
+        codec: How numbers are written: bf16 or fp32.
+        layers: Layers to keep, the most important first; by default all.
+        device: Where rows are computed; auto is a GPU where there is one.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device that torch can use; take cpu or auto")
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    store = build_store(Checkpoint.open(checkpoint), out, codec=codec, layers=layers, device=chosen)
+    print(describe(store))
+
+
+def info(store: Annotated[Path, tyro.conf.Positional], /) -> None:
+    """Say what a store holds.
+
+    Args:
+        store: A folder that `flexmemory tol build` wrote.
+    """
+    print(describe(ToLStore.open(store)))
+
+
+def verify(
+    store: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    checkpoint: Path | None = None,
+    sample: int | None = None,
+) -> None:
+    """Check every byte of a store against its checksums and, given the checkpoint, some rows against the model.
+
+    Args:
+        store: A folder that `flexmemory tol build` wrote.
+        checkpoint: The checkpoint or run folder that it should have been built from.
+        sample: Random rows to recompute from the checkpoint (64 unless told otherwise), beside the first and the last.
+    """
+    if checkpoint is None and sample is not None:
+        raise ValueError("--sample recomputes rows and needs --checkpoint")
+    verified = verify_store(
+        store,
+        checkpoint=None if checkpoint is None else Checkpoint.open(checkpoint),
+        sample=SAMPLE if sample is None else sample,
+    )
+    print(f"{store}: {verified.blocks} blocks match their checksums")
+    if checkpoint is not None:
+        print(f"{store}: {verified.sampled} rows are those of {checkpoint}")
+
+
+def describe(store: ToLStore) -> str:
+    """The text that `flexmemory tol info` prints."""
+    manifest = store.manifest
+    padding = store.stride_bytes - store.row_bytes
+    entries = {
+        "codec": store.codec,
+        "layers": f"{len(store.layers)} of {manifest.num_layers}: {' '.join(map(str, store.layers))}",
+        "shape": f"V {store.vocab_size:,}, L {len(store.layers)}, D {store.hidden_size:,}",
+        "size": f"{store.nbytes / 1e9:,.3f} GB",
+        "row": f"{store.row_bytes:,} bytes" + (f" and {padding:,} of padding" if padding else ""),
+        "checkpoint": manifest.checkpoint_fingerprint[:12],
+        "tokenizer": manifest.tokenizer_fingerprint[:12] or "none",
+        "blocks": f"{sum(1 for _ in manifest.blocks()):,} of {manifest.block_rows:,} rows",
+    }
+    lines = [str(store.path), *(f"  {name:<12}{value}" for name, value in entries.items()), "  shards"]
+    for shard in manifest.shards:
+        last = shard.first_token + shard.tokens - 1
+        size = f"{manifest.shard_bytes(shard):,} bytes"
+        lines.append(f"    {shard.file}  tokens {shard.first_token:,} to {last:,}  {size}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the verb."""
+    verbs = {"build": build, "info": info, "verify": verify}
+    tyro.extras.subcommand_cli_from_dict(
+        verbs, args=argv, prog="flexmemory tol", description="Token-wise lookups: every token's memory rows on disk."
+    )
+    return 0

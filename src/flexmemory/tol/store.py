@@ -1,0 +1,182 @@
+"""A ToL store opened for reading: found whole, and built from the checkpoint at hand."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.tol.codec import get_codec
+from flexmemory.tol.format import Block, Manifest, ToLMismatchError, check_header, read_manifest
+
+READ_THREADS = min(8, os.cpu_count() or 1)
+"""Threads that read and hash blocks; each holds one block in memory."""
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ToLStore:
+    """Token-wise lookups on disk. `open` makes one; `tol.tiers` reads rows from it."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, checkpoint: Checkpoint | None = None) -> ToLStore:
+        """Open a store: its files are there, have their sizes and fit the manifest. Rows are not read.
+
+        Args:
+            path: The store's folder.
+            checkpoint: The model that will use the rows; without it nothing tells whether they fit.
+
+        Raises:
+            FileNotFoundError: there is no whole store at `path`.
+            ToLMismatchError: it was built from another checkpoint or with another tokenizer.
+            ValueError: it is damaged, of a newer format or of an unknown codec.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        for shard in manifest.shards:
+            file = folder / shard.file
+            size = file.stat().st_size if file.is_file() else None
+            if size != manifest.shard_bytes(shard):
+                expected = manifest.shard_bytes(shard)
+                found = "is missing" if size is None else f"has {size} bytes, expected {expected}"
+                raise ValueError(f"ToL store {folder} is incomplete: {shard.file} {found}; build it again")
+            check_header(manifest, shard, folder)
+        if checkpoint is not None:
+            _check_source(folder, manifest, checkpoint)
+        return cls(folder, manifest)
+
+    @property
+    def codec(self) -> str:
+        """Name of the codec."""
+        return self.manifest.codec
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's layers that a row holds, in the row's order."""
+        return self.manifest.layers
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.manifest.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.manifest.vocab_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's rows."""
+        return self.manifest.row_bytes
+
+    @property
+    def stride_bytes(self) -> int:
+        """Bytes from one row to the next."""
+        return self.manifest.stride_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows with their padding."""
+        return self.manifest.nbytes
+
+    def read_block(self, block: Block) -> np.ndarray:
+        """The bytes of a block, (tokens, stride_bytes) uint8, not checked.
+
+        Raises:
+            OSError: the file cannot be read, or ends early.
+        """
+        data = np.empty((block.tokens, self.stride_bytes), np.uint8)
+        path = self.path / block.file
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            read_exactly(descriptor, data, offset=block.offset, path=path)
+        finally:
+            os.close(descriptor)
+        return data
+
+    def damaged_blocks(self) -> list[Block]:
+        """The blocks that do not match their checksum.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        intact = self._map_blocks(lambda block: block.matches(self.read_block(block)), label="checking rows")
+        return [block for block, good in zip(self.manifest.blocks(), intact, strict=True) if not good]
+
+    def read_table(self, out: Float[Tensor, "V L D"]) -> None:
+        """Fill `out`, on any device and of the codec's dtype, with every row, checking all of them on the way.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a block does not match its checksum.
+        """
+        codec = get_codec(self.codec)
+
+        def load(block: Block) -> None:
+            data = self.read_block(block)
+            if not block.matches(data):
+                raise ValueError(
+                    f"ToL store {self.path} is damaged: {block} do not match their checksum; build it again"
+                )
+            rows = out[block.first_token : block.first_token + block.tokens]
+            codec.decode(torch.from_numpy(data)[:, : self.row_bytes], rows)
+
+        for _ in self._map_blocks(load, label="loading rows"):
+            pass
+
+    def _map_blocks(self, function: Callable[[Block], Result], *, label: str) -> Iterator[Result]:
+        """`function` of every block, in order, on several threads (reading and hashing release the GIL)."""
+        blocks = list(self.manifest.blocks())
+        with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
+            yield from tqdm(pool.map(function, blocks), total=len(blocks), desc=label, unit="block", disable=None)
+
+
+def read_exactly(descriptor: int, buffer: np.ndarray, *, offset: int, path: Path) -> None:
+    """Fill `buffer` (contiguous uint8) from `offset` of an open file, whose `path` is for messages.
+
+    Raises:
+        OSError: the file cannot be read, or ends early.
+    """
+    rest = buffer.data.cast("B")
+    while rest:
+        try:
+            count = os.preadv(descriptor, [rest], offset)
+        except OSError as error:
+            raise OSError(f"cannot read {path} at byte {offset} ({error.strerror})") from error
+        if count == 0:
+            raise OSError(
+                f"{path} ends at byte {offset}, {len(rest)} bytes early; it was truncated after it was opened"
+            )
+        rest, offset = rest[count:], offset + count
+
+
+def _check_source(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    pairs = {
+        "checkpoint": (manifest.checkpoint_fingerprint, checkpoint.fingerprint),
+        "tokenizer": (manifest.tokenizer_fingerprint, checkpoint.tokenizer_fingerprint),
+    }
+    differing = [
+        f"another {name} (fingerprint {built[:12] or 'none'}, {checkpoint.path} has {here[:12] or 'none'})"
+        for name, (built, here) in pairs.items()
+        if built != here
+    ]
+    if differing:
+        raise ToLMismatchError(
+            f"ToL store {folder} was built from {' and '.join(differing)}; use the checkpoint that it was built from, "
+            "or build a store from this one with `flexmemory tol build`"
+        )

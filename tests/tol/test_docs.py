@@ -1,0 +1,43 @@
+"""The reader in docs/tol-format.md reads what we write."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmemory.presets import get_preset
+from flexmemory.tol.build import build_store
+from flexmemory.tol.format import plan
+from flexmemory.tol.tiers import open_rows
+from tests.tol.conftest import SIZES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "tol-format.md").read_text(encoding="utf-8")
+
+
+def test_the_documented_reader_reads_a_store(stored, nano, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(code.split("def ")[1].splitlines()) <= 15
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    subset = build_store(nano, tmp_path / "store", codec=stored.codec, layers=[2, 0], **SIZES)
+    for store in (stored, subset):
+        ids = torch.tensor([0, 127, 128, 511])
+        tier = open_rows(store, "disk", device="cpu")
+        expected = torch.empty(4, len(store.layers), 48, dtype=tier.dtype)
+        tier.gather(ids, expected)
+        for token, rows in zip(ids.tolist(), expected, strict=True):
+            read = scope["read_rows"](store.path, token)
+            assert list(read) == list(store.layers)
+            for layer, row in zip(store.layers, rows, strict=True):
+                assert torch.equal(torch.from_numpy(read[layer]), row.float())
+
+
+def test_the_documented_sizes_are_right():
+    for size in ("250m", "750m", "1b"):
+        manifest = plan(get_preset(f"{size}-memory").model)
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| {manifest.hidden_size} |"))
+        cells = [cell.split(" (")[0] for cell in line.strip("| ").split(" | ")]
+        gigabytes = f"{manifest.nbytes / 1e9:.2f} GB"
+        assert cells[1:] == [f"{manifest.row_bytes:,}", f"{manifest.stride_bytes:,}", gigabytes]
+    assert f"bf16 {manifest.block_rows} rows, {128_256 // manifest.block_rows} blocks" in PAGE
