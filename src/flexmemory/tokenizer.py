@@ -1,12 +1,16 @@
 """Text to token ids and back, over the `tokenizers` library.
 
-Every document starts with one boundary token, in training as in prompts, so a model knows where text begins.
+Every document starts with one boundary token, in training as in prompts, so a model knows where text begins. Text
+never encodes to it: a literal `<|endoftext|>` in a text is the characters that it is made of.
 """
 
 from __future__ import annotations
 
+import functools
+import gzip
 import hashlib
 import json
+import lzma
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +29,8 @@ class Tokenizer:
     def __init__(self, core: tokenizers.Tokenizer, *, boundary: str | None = None) -> None:
         """Wrap `core`; without `boundary`, the first well-known boundary token of its vocabulary is taken.
 
+        `core` is set to encode whole texts, as nothing but text: no truncation, padding or special tokens.
+
         Raises:
             ValueError: the boundary token is not in the vocabulary, or none is known.
         """
@@ -35,10 +41,16 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no token {' or '.join(known)}; name its document boundary token")
         self.core = core
         self.boundary, self.boundary_id = found
+        core.no_truncation()
+        core.no_padding()
+        core.encode_special_tokens = True
+        added = core.get_added_tokens_decoder().get(self.boundary_id)
+        if added is None or not added.special:
+            core.add_special_tokens([self.boundary])
 
     @classmethod
     def load(cls, source: str | Path, *, boundary: str | None = None) -> Tokenizer:
-        """Read a `tokenizer.json`, or the folder that holds one.
+        """Read a `tokenizer.json` (plain, `.gz` or `.xz`), or the folder that holds one.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -52,10 +64,27 @@ class Tokenizer:
         if boundary is None and settings.is_file():
             token = read_json(settings).get("bos_token")
             boundary = token if isinstance(token, str) else None
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
         try:
-            core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library's only exception
+            with opener(path, "rb") as file:
+                core = tokenizers.Tokenizer.from_buffer(file.read())
+        except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path} is not a tokenizer.json ({error})") from error
+        return cls(core, boundary=boundary)
+
+    @classmethod
+    def from_hub(cls, name: str, *, boundary: str | None = None) -> Tokenizer:
+        """Fetch the tokenizer of the hub repository `name`, or take it from the hub's cache on this machine.
+
+        Raises:
+            FileNotFoundError: the hub has no such tokenizer, or cannot be reached.
+        """
+        try:
+            core = tokenizers.Tokenizer.from_pretrained(name)
+        except Exception as error:  # of many types: the network's, the hub's, the library's
+            raise FileNotFoundError(
+                f"no tokenizer at {name}: no such file or folder, and the hub says: {error}"
+            ) from error
         return cls(core, boundary=boundary)
 
     @classmethod
@@ -79,7 +108,7 @@ class Tokenizer:
         """V: one more than the largest id."""
         return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what defines the mapping from text to ids."""
         content = json.dumps([json.loads(self.core.to_str()), self.boundary], sort_keys=True)
