@@ -32,9 +32,9 @@ def test_build_info_and_verify(nano, tmp_path, capsys):
         assert text in built
     assert f"rows-00000.safetensors  tokens 0 to 511  {512 * 384 + 4096:,} bytes" in built
     assert main(["tol", "verify", str(out)]) == 0
-    assert capsys.readouterr().out == f"{out}: 1 blocks match their checksums\n"
+    assert capsys.readouterr().out == f"{out}: all blocks match their checksums (1)\n"
     assert main(["tol", "verify", str(out), "--checkpoint", str(nano.path), "--sample", "9"]) == 0
-    assert re.search(rf"{out}: (9|10|11) rows are those of {nano.path}\n", capsys.readouterr().out)
+    assert re.search(rf"{out}: all sampled rows are those of {nano.path} \((9|10|11)\)\n", capsys.readouterr().out)
 
 
 def test_building_again_is_refused_and_changes_nothing(nano, store, capsys):

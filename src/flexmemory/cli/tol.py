@@ -69,9 +69,9 @@ def verify(
         checkpoint=None if checkpoint is None else Checkpoint.open(checkpoint),
         sample=SAMPLE if sample is None else sample,
     )
-    print(f"{store}: {verified.blocks} blocks match their checksums")
+    print(f"{store}: all blocks match their checksums ({verified.blocks})")
     if checkpoint is not None:
-        print(f"{store}: {verified.sampled} rows are those of {checkpoint}")
+        print(f"{store}: all sampled rows are those of {checkpoint} ({verified.sampled})")
 
 
 def describe(store: ToLStore) -> str:
