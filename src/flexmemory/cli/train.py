@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
@@ -23,25 +23,15 @@ HELP_PRESET = "small-memory"
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Train a model on prepared data; the preset names the model and the recipe, options change them.
-
-    Ctrl-C saves a checkpoint and stops; a second one stops at once.
-    """
+class Arguments(NamedTuple):
+    """What the command line said."""
 
     data: Path
-    """Folder written by `flexmemory prepare`."""
     out: Path
-    """Folder of the run: checkpoints, metrics, samples."""
-    resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Go on from the newest checkpoint of `out`, with that run's options where none are given."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ..., or auto: the GPU where there is one."""
-    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    """The recipe."""
+    resume: bool
+    device: str
+    recipe: TrainConfig
     model: ModelConfig
-    """The model; its vocabulary follows the data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +44,31 @@ class ResumeTarget:
 
 def parse(options: list[str], *, model: ModelConfig, recipe: TrainConfig) -> Arguments:
     """The command line after the preset; `model` and `recipe` are the defaults."""
-    defaults = Arguments(data=tyro.MISSING, out=tyro.MISSING, train=recipe, model=model)
-    return tyro.cli(Arguments, args=options, prog=PROG, default=defaults)
+
+    def arguments(
+        *,
+        data: Path,
+        out: Path,
+        resume: tyro.conf.FlagCreatePairsOff[bool] = False,
+        device: str = "auto",
+        recipe: Annotated[TrainConfig, tyro.conf.arg(name="")] = recipe,
+        model: ModelConfig = model,
+    ) -> Arguments:
+        """Train a model on prepared data; the preset names the model and the recipe, options change them.
+
+        Ctrl-C saves a checkpoint and stops; a second one stops at once.
+
+        Args:
+            data: Folder written by `flexmemory prepare`.
+            out: Folder of the run: checkpoints, metrics, samples.
+            resume: Go on from the newest checkpoint of `out`, with that run's options where none are given.
+            device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
+            recipe: The recipe.
+            model: The model; its vocabulary follows the data.
+        """
+        return Arguments(data, out, resume, device, recipe, model)
+
+    return tyro.cli(arguments, args=options, prog=PROG)
 
 
 def follow_vocabulary(model: ModelConfig, *, default: ModelConfig, data: Path) -> ModelConfig:
@@ -96,8 +109,8 @@ def main(argv: list[str]) -> int:
     model, recipe = defaults_of_run(options, preset=name) or (preset.model, preset.train)
     args = parse(options, model=model, recipe=recipe)
     result = train(
-        follow_vocabulary(args.model, default=model, data=args.data),
-        train_config=args.train,
+        args.model if args.resume else follow_vocabulary(args.model, default=model, data=args.data),
+        train_config=args.recipe,
         data=args.data,
         out=args.out,
         resume=args.resume,
@@ -111,7 +124,7 @@ def main(argv: list[str]) -> int:
         stopped_by = signal.Signals(result.signal).name
         print(f"stopped by {stopped_by}; saved {result.checkpoint}; to go on: {command}", file=sys.stderr)
         return 128 + result.signal
-    print(_summary(result, recipe=args.train))
+    print(_summary(result, recipe=args.recipe))
     return 0
 
 

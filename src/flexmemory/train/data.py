@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -193,6 +193,7 @@ def _open_split(folder: Path, manifest: dict[str, Any], split: str) -> TokenStre
     return TokenStream(shards, vocab_size=manifest["vocab_size"])
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Batches by number."""
 

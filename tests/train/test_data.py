@@ -1,0 +1,221 @@
+"""Batches: every window once an epoch, the same from any start; broken folders are refused."""
+
+import dataclasses
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from flexmemory.train.data import Batch, Prefetcher, SequentialBatches, ShuffledBatches, TokenDataset, TokenStream
+from tests.train.conftest import recipe, write_prepared
+
+
+def stream(count, *, cuts=(), vocab_size=1000):
+    tokens = np.arange(count, dtype=np.uint16) % vocab_size
+    return TokenStream(np.split(tokens, cuts), vocab_size=vocab_size)
+
+
+def same(first: Batch, second: Batch) -> bool:
+    fields = [field.name for field in dataclasses.fields(Batch)]
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in fields)
+
+
+def test_shards_read_as_one_stream():
+    whole, cut = stream(100), stream(100, cuts=(1, 7, 7, 60))
+    assert len(cut) == 100
+    for start, length in ((0, 100), (0, 1), (1, 6), (5, 60), (59, 1), (60, 40), (99, 1)):
+        assert np.array_equal(cut.read(start, length), whole.read(start, length))
+
+
+def test_batch_holds_windows_targets_and_unique_ids():
+    batch = stream(200, cuts=(30,), vocab_size=50).batch([0, 3], seq_len=16)
+    assert batch.token_ids.tolist() == [list(range(16)), [48, 49, *range(14)]]
+    assert torch.equal(batch.targets[:, :-1], batch.token_ids[:, 1:])
+    assert batch.targets[:, -1].tolist() == [16, 14]
+    assert torch.equal(batch.unique_ids[batch.index], batch.token_ids)
+    assert batch.num_unique == 18
+    assert torch.equal(batch.unique_ids[: batch.num_unique], batch.token_ids.unique())
+    assert {tensor.dtype for tensor in (batch.token_ids, batch.targets, batch.unique_ids, batch.index)} == {torch.int64}
+
+
+def test_padding_repeats_an_id_that_is_never_indexed():
+    tokens = stream(20_000, vocab_size=1000)
+    sizes = {len(tokens.batch(range(n), seq_len=64).unique_ids) for n in range(1, 16)}
+    assert sizes == {64 * n for n in range(1, 16)}
+    batch = tokens.batch([0], seq_len=50)
+    assert len(batch.unique_ids) == 64
+    assert (batch.unique_ids[50:] == batch.unique_ids[49]).all()
+    assert batch.index.max() == 49
+
+
+def test_each_epoch_has_every_window_once_in_its_own_order():
+    tokens, config = stream(10 * 32 + 5), recipe(steps=1)
+    batches = ShuffledBatches(tokens, config=config)
+    starts = torch.cat([batches[number].token_ids[:, 0] for number in range(10)]).tolist()
+    first, second = starts[:10], starts[10:]
+    assert sorted(first) == sorted(second) == [32 * n for n in range(10)]
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_batch_depends_on_its_number_and_the_seed_alone():
+    tokens, config = stream(640), recipe(steps=1)
+    in_order = ShuffledBatches(tokens, config=config)
+    expected = [in_order[number] for number in range(25)]
+    jumping = ShuffledBatches(tokens, config=config)
+    for number in (24, 3, 9, 10, 0):
+        assert same(jumping[number], expected[number])
+    other = ShuffledBatches(tokens, config=dataclasses.replace(config, seed=1))
+    assert not same(other[0], expected[0])
+
+
+def test_order_does_not_depend_on_micro_batches():
+    tokens, config = stream(640), recipe(steps=1)
+    small = ShuffledBatches(tokens, config=config)
+    large = ShuffledBatches(tokens, config=dataclasses.replace(config, micro_batch_size=4))
+    joined = torch.cat([small[0].token_ids, small[1].token_ids])
+    assert torch.equal(large[0].token_ids, joined)
+
+
+def test_order_never_changes_between_versions():
+    batches = ShuffledBatches(stream(8 * 32 + 1), config=recipe(steps=1, micro_batch_size=4))
+    assert (batches[0].token_ids[:, 0] // 32).tolist() == [3, 2, 1, 6]
+
+
+def test_validation_reads_each_window_once_in_order_up_to_its_limit():
+    tokens, config = stream(7 * 32 + 1), recipe(steps=1)
+    batches = SequentialBatches(tokens, config=config, max_tokens=10_000)
+    assert [len(batches[number].token_ids) for number in range(len(batches))] == [2, 2, 2, 1]
+    starts = [start for number in range(len(batches)) for start in batches[number].token_ids[:, 0].tolist()]
+    assert starts == [32 * n for n in range(7)]
+    assert len(SequentialBatches(tokens, config=config, max_tokens=5 * 32 + 31)) == 3
+    assert len(SequentialBatches(tokens, config=config, max_tokens=1)) == 1
+
+
+def test_too_few_tokens_for_one_sequence():
+    with pytest.raises(ValueError, match=r"holds 32 tokens, need at least seq_len \+ 1 = 33"):
+        ShuffledBatches(stream(32), config=recipe(steps=1))
+    assert len(ShuffledBatches(stream(33), config=recipe(steps=1))[5].token_ids) == 2
+
+
+def test_id_outside_the_vocabulary_is_refused():
+    damaged = TokenStream([np.full(100, 77, dtype=np.uint16)], vocab_size=77)
+    with pytest.raises(ValueError, match="token id 77, but its vocabulary has 77"):
+        damaged.batch([0], seq_len=8)
+
+
+class Numbered:
+    """Batches that count how often they were asked for."""
+
+    def __init__(self, *, broken=None):
+        self.tokens = stream(2000)
+        self.broken = broken
+        self.asked = []
+
+    def __getitem__(self, number):
+        self.asked.append(number)
+        if number == self.broken:
+            raise ValueError("shard went away")
+        return self.tokens.batch([number], seq_len=8)
+
+
+def test_prefetcher_gives_every_batch_in_order_and_stays_bounded():
+    source = Numbered()
+    with Prefetcher(source, numbers=range(3, 15), pin_memory=False, depth=2) as batches:
+        for number in range(3, 15):
+            assert same(next(batches), source.tokens.batch([number], seq_len=8))
+            assert max(source.asked) <= number + 2
+        assert next(batches, None) is None
+        assert batches.wait_s > 0
+
+
+def test_prefetcher_passes_errors_on_and_ends_its_thread():
+    before = threading.active_count()
+    with Prefetcher(Numbered(broken=2), numbers=range(100), pin_memory=False) as batches:
+        assert next(batches).token_ids[0, 0] == 0
+        next(batches)
+        with pytest.raises(ValueError, match="shard went away"):
+            next(batches)
+    assert threading.active_count() == before
+
+
+def test_prefetcher_may_be_left_early():
+    before, source = threading.active_count(), Numbered()
+    with Prefetcher(source, numbers=range(100), pin_memory=False) as batches:
+        next(batches)
+    assert threading.active_count() == before
+    assert len(source.asked) <= 6
+
+
+def test_opens_a_prepared_folder(dataset, prepared, tokenizer):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert dataset.vocab_size == tokenizer.vocab_size
+    assert len(dataset.train) == manifest["splits"]["train"]["tokens"]
+    assert len(dataset.validation) == manifest["splits"]["validation"]["tokens"]
+    assert dataset.tokenizer().fingerprint == tokenizer.fingerprint
+    ids = [np.fromfile(prepared / f"train-0000{n}.bin", dtype="<u2") for n in (0, 1)]
+    assert np.array_equal(dataset.train.read(0, len(dataset.train)), np.concatenate(ids))
+    assert "red fox" in tokenizer.decode(dataset.train.read(0, 500).tolist())
+
+
+def test_wide_ids_and_empty_splits(tmp_path, tokenizer):
+    splits = {"train": [[1, 2, 70_000], []], "validation": []}
+    folder = write_prepared(tmp_path / "p", tokenizer=tokenizer, splits=splits, dtype="uint32", vocab_size=70_001)
+    opened = TokenDataset.open(folder)
+    assert opened.train.read(0, 3).tolist() == [1, 2, 70_000]
+    assert opened.validation is None
+
+
+def test_fingerprint_is_of_the_tokens_not_of_the_folder(prepared, tmp_path, dataset):
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["inputs"] = ["elsewhere"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert TokenDataset.open(copy).fingerprint == dataset.fingerprint
+    manifest["splits"]["train"]["shards"].reverse()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert TokenDataset.open(copy).fingerprint != dataset.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is not prepared data"),
+        ({"format_version": 2}, "data format 2; this version reads up to 1"),
+        ({"dtype": "int8"}, "dtype 'int8', expected uint16 or uint32"),
+        ({"splits": {"train": {"shards": []}}}, "lacks 'validation'"),
+    ],
+)
+def test_unknown_manifests_are_refused(prepared, tmp_path, change, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(ValueError, match=message):
+        TokenDataset.open(copy)
+
+
+def test_truncated_or_missing_shards_and_foreign_tokenizers_are_refused(prepared, tmp_path, tokenizer):
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    shard = copy / "train-00001.bin"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"train-00001.bin has \d+ bytes, expected \d+; prepare the data again"):
+        TokenDataset.open(copy)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"train-00001.bin is missing"):
+        TokenDataset.open(copy)
+    other = write_prepared(
+        tmp_path / "other",
+        tokenizer=tokenizer,
+        splits={"train": [[0, 1]], "validation": []},
+        tokenizer_fingerprint="0" * 64,
+    )
+    with pytest.raises(ValueError, match="is not the tokenizer that made the tokens"):
+        TokenDataset.open(other).tokenizer()
+    with pytest.raises(FileNotFoundError, match="no prepared data"):
+        TokenDataset.open(tmp_path / "nowhere")
