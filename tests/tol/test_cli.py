@@ -56,7 +56,7 @@ def test_mistakes_in_building(nano, checkpoint_of, tmp_path, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_missing_gpu_is_said(nano, tmp_path, capsys):
     message = refused(capsys, "build", nano.path, "--out", tmp_path / "out", "--device", "cuda")
-    assert "no CUDA device" in message
+    assert "there is no device 'cuda' here, only cpu" in message
 
 
 def test_damage_is_refused(store, capsys):

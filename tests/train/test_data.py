@@ -15,7 +15,7 @@ from tests.train.conftest import recipe, write_prepared
 
 def stream(count, *, cuts=(), vocab_size=1000):
     tokens = np.arange(count, dtype=np.uint16) % vocab_size
-    return TokenStream(np.split(tokens, cuts), vocab_size=vocab_size)
+    return TokenStream(np.split(tokens, cuts), vocab_size=vocab_size, num_bytes=0)
 
 
 def same(first: Batch, second: Batch) -> bool:
@@ -102,7 +102,7 @@ def test_too_few_tokens_for_one_sequence():
 
 
 def test_id_outside_the_vocabulary_is_refused():
-    damaged = TokenStream([np.full(100, 77, dtype=np.uint16)], vocab_size=77)
+    damaged = TokenStream([np.full(100, 77, dtype=np.uint16)], vocab_size=77, num_bytes=0)
     with pytest.raises(ValueError, match="token id 77, but its vocabulary has 77"):
         damaged.batch([0], seq_len=8)
 
@@ -187,7 +187,7 @@ def test_fingerprint_is_of_the_tokens_not_of_the_folder(prepared, tmp_path, data
         ({"format": "other"}, "is not prepared data"),
         ({"format_version": 2}, "data format 2; this version reads up to 1"),
         ({"dtype": "int8"}, "dtype 'int8', expected uint16 or uint32"),
-        ({"splits": {"train": {"shards": []}}}, "lacks 'validation'"),
+        ({"splits": {"train": {"shards": [], "bytes": 0}}}, "lacks 'validation'"),
     ],
 )
 def test_unknown_manifests_are_refused(prepared, tmp_path, change, message):

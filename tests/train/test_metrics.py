@@ -69,7 +69,7 @@ def test_lines_after_a_step_and_half_lines_are_dropped(tmp_path):
 
 def test_plot(tmp_path):
     append_line(tmp_path / "m.jsonl", {"step": 1, "tokens": 8, "ce": 3.0})
-    plot_losses(tmp_path / "m.jsonl", image=tmp_path / "loss.png")
+    plot_losses({"run": tmp_path / "m.jsonl"}, image=tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 import tyro
 
+from flexmemory.device import resolve_device
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.tol.build import build_store
 from flexmemory.tol.store import ToLStore
@@ -21,7 +21,7 @@ def build(
     out: Path,
     codec: str = "bf16",
     layers: tuple[int, ...] | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str = "auto",
 ) -> None:
     """Compute every token's rows and write them to a new folder; run again, it goes on where it was interrupted.
 
@@ -30,12 +30,10 @@ def build(
         out: The folder to make.
         codec: How numbers are written: bf16 or fp32.
         layers: Layers to keep, the most important first; by default all.
-        device: Where rows are computed; auto is a GPU where there is one.
+        device: Where rows are computed: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device that torch can use; take cpu or auto")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    store = build_store(Checkpoint.open(checkpoint), out, codec=codec, layers=layers, device=chosen)
+    opened = Checkpoint.open(checkpoint)
+    store = build_store(opened, out, codec=codec, layers=layers, device=resolve_device(device))
     print(describe(store))
 
 

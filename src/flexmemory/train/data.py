@@ -70,9 +70,10 @@ class Batch:
 class TokenStream:
     """The tokens of one split, memory-mapped shards read as one stream."""
 
-    def __init__(self, shards: Sequence[NDArray[Any]], *, vocab_size: int) -> None:
-        """Chain `shards`, each (N,) of ids below `vocab_size`."""
+    def __init__(self, shards: Sequence[NDArray[Any]], *, vocab_size: int, num_bytes: int) -> None:
+        """Chain `shards`, each (N,) of ids below `vocab_size`, which stand for `num_bytes` of UTF-8 text."""
         self.vocab_size = vocab_size
+        self.num_bytes = num_bytes
         self._shards = list(shards)
         self._ends = list(itertools.accumulate(len(shard) for shard in shards))
 
@@ -190,7 +191,7 @@ def _open_split(folder: Path, manifest: dict[str, Any], split: str) -> TokenStre
             raise ValueError(f"prepared data {folder} is incomplete: {file.name} {found}; prepare the data again")
         if size:
             shards.append(np.memmap(file, dtype=dtype, mode="r"))
-    return TokenStream(shards, vocab_size=manifest["vocab_size"])
+    return TokenStream(shards, vocab_size=manifest["vocab_size"], num_bytes=manifest["splits"][split]["bytes"])
 
 
 @runtime_checkable

@@ -263,7 +263,7 @@ class _Run:
         )
         logger.info("saved %s", self.checkpoint)
         if self.plots:
-            plot_losses(self.out / "metrics.jsonl", image=self.out / "loss.png")
+            plot_losses({self.out.name: self.out / "metrics.jsonl"}, image=self.out / "loss.png")
 
     def _last_good(self) -> str:
         if self.checkpoint is None:

@@ -110,18 +110,20 @@ def can_plot() -> bool:
     return found
 
 
-def plot_losses(metrics: Path, *, image: Path) -> None:
-    """Draw training and validation cross entropy by tokens from a metrics file."""
+def plot_losses(runs: Mapping[str, Path], *, image: Path) -> None:
+    """Draw training (thin) and validation (marked) cross entropy by tokens from the metrics files of named runs."""
     from matplotlib.figure import Figure  # optional and slow to import
 
-    lines = read_lines(metrics)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label in (("ce", "training"), ("val_loss", "validation")):
-        points = [(line["tokens"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if key == "val_loss" else None)
-            axes.legend()
+    for number, (name, metrics) in enumerate(runs.items()):
+        lines = read_lines(metrics)
+        for key, label, line_width, marker in (("ce", "training", 0.8, None), ("val_loss", "validation", 1.8, "o")):
+            points = [(line["tokens"], line[key]) for line in lines if key in line]
+            if points:
+                style = {"color": f"C{number}", "marker": marker, "linewidth": line_width}
+                axes.plot(*zip(*points, strict=True), label=f"{name} {label}", **style)
+    axes.legend()
     axes.set(xlabel="tokens", ylabel="cross entropy (nats per token)")
     axes.grid(visible=True, alpha=0.3)
     figure.savefig(image, dpi=120)

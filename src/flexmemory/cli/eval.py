@@ -1,0 +1,137 @@
+"""`flexmemory eval ppl CHECKPOINT --data FILE|DIR`: perplexity on text or prepared data."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from flexmemory.device import resolve_device
+from flexmemory.engine.loading import DTYPES, RowPlace, load_model
+from flexmemory.evaluate.perplexity import Perplexity, perplexity
+from flexmemory.evaluate.probes import layer_alphas, scaled_ffn
+from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.tokenizer import Tokenizer
+from flexmemory.train.data import TokenDataset
+from flexmemory.train.documents import find_sources, read_documents
+
+logger = logging.getLogger(__name__)
+
+
+class Text(NamedTuple):
+    """A token stream, and the size of the text that it stands for where that is known."""
+
+    stream: np.ndarray
+    num_bytes: int | None
+    num_words: int | None
+
+
+def ppl(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    data: Path,
+    split: Literal["validation", "train"] = "validation",
+    text_field: str = "text",
+    max_tokens: int | None = None,
+    tol: Path | None = None,
+    rows: RowPlace | None = None,
+    alpha: float = 1.0,
+    drop_layers: tuple[int, ...] = (),
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
+    """Perplexity with its standard error, bits per byte and, for text, word-level perplexity.
+
+    Args:
+        checkpoint: A checkpoint or run folder.
+        data: A folder of `flexmemory prepare`, or text as that command reads it (files or folders).
+        split: Which split of prepared data.
+        text_field: Where .jsonl and .parquet keep the text.
+        max_tokens: Evaluate only the first tokens.
+        tol: A ToL store built from the checkpoint: rows are looked up, and FFN-M weights are never loaded.
+        rows: Where rows come from; by default disk with --tol and compute without.
+        alpha: Factor of what every FFN adds (FFN-M in memory and flex models).
+        drop_layers: Layers whose FFN adds nothing.
+        seq_len: Tokens per window; by default the model's longest sequence.
+        batch_size: Windows per forward pass.
+        device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
+        dtype: Of the computation; auto is the stored dtype.
+    """
+    opened = Checkpoint.open(checkpoint)
+    alphas = layer_alphas(opened.config.num_layers, alpha=alpha, drop_layers=drop_layers)
+    text = read_text(data, opened, split=split, text_field=text_field)
+    if max_tokens is not None and max_tokens < len(text.stream):
+        text = Text(text.stream[:max_tokens], None, None)
+    loaded = load_model(opened, tol=tol, rows=rows, device=resolve_device(device), dtype=DTYPES.get(dtype))
+    logger.info("%s", loaded.describe())
+    with scaled_ffn(loaded.model, alphas, loaded.row_source) as row_source:
+        result = perplexity(
+            loaded.model,
+            text.stream,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            row_source=row_source,
+            num_bytes=text.num_bytes,
+            num_words=text.num_words,
+        )
+    print(describe(result))
+
+
+def read_text(data: Path, checkpoint: Checkpoint, *, split: Literal["validation", "train"], text_field: str) -> Text:
+    """The token stream to evaluate, from prepared data or from text.
+
+    Raises:
+        ValueError: prepared data is of another tokenizer, or lacks the split.
+    """
+    if not (data / "manifest.json").is_file():
+        return tokenised(data, checkpoint.tokenizer(), text_field=text_field)
+    dataset = TokenDataset.open(data)
+    if dataset.tokenizer().fingerprint != checkpoint.tokenizer_fingerprint:
+        raise ValueError(
+            f"{data} was prepared with another tokenizer than {checkpoint.path} has; evaluate its text instead"
+        )
+    tokens = dataset.train if split == "train" else dataset.validation
+    if tokens is None:
+        raise ValueError(
+            f"{data} has no {split} split; prepare it with a --val-fraction above 0, or take --split train"
+        )
+    return Text(tokens.read(0, len(tokens)), tokens.num_bytes, None)
+
+
+def tokenised(data: Path, tokenizer: Tokenizer, *, text_field: str) -> Text:
+    """Every document of a file or folder, each after a boundary token."""
+    num_bytes = num_words = 0
+    pieces: list[np.ndarray] = []
+    for document in read_documents(find_sources([data]), text_field=text_field):
+        num_bytes += len(document.text.encode())
+        num_words += len(document.text.split())
+        pieces.append(np.array([tokenizer.boundary_id, *tokenizer.encode(document.text)], dtype=np.int64))
+    return Text(np.concatenate(pieces), num_bytes, num_words)
+
+
+def describe(result: Perplexity) -> str:
+    """The text that `flexmemory eval ppl` prints."""
+    lines = [
+        f"perplexity       {result.perplexity:.4f} +- {result.perplexity_stderr:.4f}",
+        f"nats per token   {result.loss:.5f} +- {result.stderr:.5f}",
+        f"tokens           {result.num_tokens:,}",
+    ]
+    if result.bits_per_byte is not None:
+        lines.append(f"bits per byte    {result.bits_per_byte:.4f} ({result.num_bytes:,} bytes)")
+    if result.word_perplexity is not None:
+        lines.append(f"word perplexity  {result.word_perplexity:.4f} ({result.num_words:,} words)")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the verb."""
+    tyro.extras.subcommand_cli_from_dict(
+        {"ppl": ppl}, args=argv, prog="flexmemory eval", description="Measure a checkpoint."
+    )
+    return 0
