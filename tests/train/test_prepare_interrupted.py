@@ -30,7 +30,7 @@ def corpus(tmp_path) -> Path:
     texts = documents(90)
     write_jsonl(tmp_path / "in" / "a.jsonl", [*texts[:40], "", *texts[40:60]])
     write_jsonl(tmp_path / "in" / "b" / "c.jsonl", texts[60:])
-    (tmp_path / "in" / "d.txt").write_text("\n".join(texts))
+    (tmp_path / "in" / "a.txt").write_text("\n".join(texts))
     (tmp_path / "in" / "e.txt").write_text("")
     return tmp_path / "in"
 
@@ -69,6 +69,7 @@ def resume(corpus: Path, out: Path, monkeypatch) -> None:
         (ShardWriter, "append", 1, "after"),
         (ShardWriter, "append", 23, "before"),
         (ShardWriter, "append", 23, "after"),
+        (ShardWriter, "append", 75, "after"),  # in the middle of the long document
         (ShardWriter, "commit", 1, "after"),
         (ShardWriter, "commit", 12, "before"),
         (ShardWriter, "commit", 12, "after"),
@@ -120,7 +121,7 @@ def test_a_killed_run_goes_on(tmp_path, corpus, monkeypatch):
             global calls
             append(*args)
             calls += 1
-            if calls == 31:
+            if calls == 75:
                 os.kill(os.getpid(), signal.SIGKILL)
         ShardWriter.append = kill
         module.prepare([sys.argv[1]], Path(sys.argv[2]), vocab_size=350, val_fraction=0.1, shard_tokens=500)
@@ -197,11 +198,11 @@ def test_other_work_is_refused(tmp_path, corpus, monkeypatch, change, named):
 
 def test_changed_files_are_other_work(tmp_path, corpus, monkeypatch):
     interrupted(corpus, tmp_path / "out", monkeypatch, commits=3)
-    os.utime(corpus / "d.txt", ns=(1, 1))
+    os.utime(corpus / "a.txt", ns=(1, 1))
     with pytest.raises(ValueError, match=r"\(files differ\)"):
         prepare([corpus], tmp_path / "out", **OPTIONS)
     with pytest.raises(ValueError, match=r"\(inputs, files differ\)"):
-        prepare([corpus / "d.txt"], tmp_path / "out", **OPTIONS)
+        prepare([corpus / "a.txt"], tmp_path / "out", **OPTIONS)
 
 
 def test_work_that_had_not_begun_is_no_obstacle(tmp_path, corpus, monkeypatch):
