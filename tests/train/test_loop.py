@@ -269,3 +269,23 @@ def test_what_does_not_fit_is_refused(tmp_path, prepared, caplog):
     with caplog.at_level(logging.WARNING):
         start(warmup_steps=2)
     assert "warmup_steps is 2, but the run has 2 steps" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # of the compiler
+def test_a_gpu_trains_like_a_cpu_and_resumes(tmp_path, prepared, monkeypatch):
+    def start(out, model, **options):
+        config = recipe(steps=20)
+        return train(model, train_config=config, data=prepared, out=tmp_path / out, **options)
+
+    for name in ("base", "flex3"):
+        expected = start(f"cpu-{name}", nano(name), device="cpu")
+        found = start(f"gpu-{name}", nano(name))  # bf16, compiled
+        assert found.val_loss == pytest.approx(expected.val_loss, rel=0.005)
+    with monkeypatch.context() as patch:
+        raise_at(patch, 13, signal.SIGTERM)
+        assert start("stopped", nano("flex3")).step == 13
+    shutil.copytree(tmp_path / "stopped", tmp_path / "moved")
+    for out, device in (("stopped", "cuda"), ("moved", "cpu")):
+        resumed = start(out, nano("flex3"), resume=True, device=device)
+        assert resumed.val_loss == pytest.approx(found.val_loss, rel=0.005)

@@ -51,8 +51,10 @@ def loss_function(model: Transformer, *, config: TrainConfig) -> LossFunction:
 
     use_bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
     function: LossFunction = in_bf16 if use_bf16 else module
-    use_compile = config.compile == "on" or (config.compile == "auto" and on_gpu)
-    return torch.compile(function, fullgraph=True) if use_compile else function
+    if config.compile == "on" or (config.compile == "auto" and on_gpu):
+        torch.compiler.reset()  # it counts compilations over all models of a process, and gives up at the eighth
+        return torch.compile(function, fullgraph=True)
+    return function
 
 
 class StepValues(NamedTuple):
