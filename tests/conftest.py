@@ -24,7 +24,7 @@ VARIED: dict[str, ModelConfig] = {
 """Every architecture and option, at the nano size."""
 WITH_MEMORY = {name: config for name, config in VARIED.items() if config.has_memory}
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # nano models gain nothing from threads, and lose much where cores are shared
 
 
 def random_model(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:

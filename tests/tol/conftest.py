@@ -1,7 +1,7 @@
 """Checkpoints and stores of nano models, with several shards and several blocks in each."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,6 @@ from tests.conftest import NANO, random_model
 
 SIZES: dict[str, Any] = {"shard_bytes": 40_000, "block_bytes": 5_000, "chunk_tokens": 32}
 """bf16 at the nano size: blocks of 16 rows, chunks of 2 blocks, shards of 8 (the last of 4 shards is whole)."""
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    """Nano products are not worth a second thread, which only waits where cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_checkpoint(folder: Path, model: Transformer, *, text: str | None = None) -> Checkpoint:

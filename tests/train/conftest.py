@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from flexmemory.config import ModelConfig, TrainConfig
 from flexmemory.presets import get_preset
@@ -15,15 +14,6 @@ from flexmemory.tokenizer import Tokenizer
 from flexmemory.train.data import TokenDataset
 
 VOCAB_SIZE = 320
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    """Nano models gain nothing from threads, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def structured_text(*, sentences: int, seed: int) -> list[str]:

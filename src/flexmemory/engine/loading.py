@@ -47,7 +47,7 @@ class LoadedModel:
 def load_model(
     checkpoint: Checkpoint,
     *,
-    tol: Path | None = None,
+    tol: str | Path | None = None,
     rows: RowPlace | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,

@@ -25,7 +25,7 @@ def generate(
     max_new_tokens: int,
     stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yield the ids that continue `prompt`, up to a stop id, `max_new_tokens` or the model's longest sequence.
+    """The ids that continue `prompt`, up to a stop id, `max_new_tokens` or the model's longest sequence.
 
     Rows are computed from FFN-M unless `row_source` gives them.
 
@@ -35,14 +35,27 @@ def generate(
     limit = model.config.max_seq_len
     if not 0 < len(prompt) < limit:
         raise ValueError(f"the prompt has {len(prompt)} tokens; expected 1 to {limit - 1}")
-    device = model.embedding.weight.device
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    capacity = min(len(prompt) + max_new_tokens, limit)
-    cache = KVCache(model.config, batch_size=1, capacity=capacity, device=device, dtype=model.embedding.weight.dtype)
     token_ids = torch.tensor([list(prompt)])
     check_token_ids(token_ids, model.config.vocab_size)
-    token_ids = token_ids.to(device)
-    for _ in range(capacity - len(prompt)):
+    count = min(max_new_tokens, limit - len(prompt))
+    return _decode(model, token_ids, row_source=row_source, sampling=sampling, count=count, stop_ids=stop_ids)
+
+
+def _decode(
+    model: Transformer,
+    token_ids: Tensor,
+    *,
+    row_source: RowSource | None,
+    sampling: Sampling,
+    count: int,
+    stop_ids: Collection[int],
+) -> Iterator[int]:
+    weight = model.embedding.weight
+    capacity = token_ids.shape[1] + count
+    cache = KVCache(model.config, batch_size=1, capacity=capacity, device=weight.device, dtype=weight.dtype)
+    generator = torch.Generator(weight.device).manual_seed(sampling.seed)
+    token_ids = token_ids.to(weight.device)
+    for _ in range(count):
         with torch.inference_mode():
             rows = row_source(token_ids) if row_source else None
             hidden = model.hidden_states(token_ids, rows, cache)[:, -1]  # (1, D)

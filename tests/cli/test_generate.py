@@ -1,0 +1,78 @@
+"""`flexmemory generate`: the same text from every source of rows, and FFN-M left on disk."""
+
+import re
+
+import pytest
+
+from flexmemory.model.accounting import count_parameters
+from flexmemory.model.checkpoint import Checkpoint
+from tests.cli.conftest import run
+
+PROMPT = "The memory of a token"
+
+
+@pytest.fixture
+def generate(walkthrough):
+    def text(*options):
+        return run("generate", walkthrough / "runs/flex3", "--prompt", PROMPT, "--max-tokens", "24", *options)
+
+    return text
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1.0", "--top-p", "0.9", "--seed", "3")])
+def test_every_source_of_rows_writes_the_same(generate, exact_store, sampling):
+    computed = generate(*sampling)
+    assert computed.startswith(PROMPT)
+    assert len(computed) > len(PROMPT) + 5
+    for place in ("device", "host", "disk"):
+        assert generate("--tol", exact_store, "--rows", place, *sampling) == computed
+
+
+def test_memory_weights_are_not_loaded(walkthrough, exact_store, capfd, caplog):
+    caplog.set_level("INFO")
+    counts = count_parameters(Checkpoint.open(walkthrough / "runs/flex3").config)
+    for options, resident in (((), counts.total), (("--tol", exact_store), counts.resident)):
+        caplog.clear()
+        run("generate", walkthrough / "runs/flex3", "--max-tokens", "2", *options)
+        shown = re.search(r"([\d.]+) MB of weights", caplog.text)
+        assert shown is not None
+        assert float(shown[1]) == pytest.approx(resident * 4 / 1e6, abs=0.006)
+    assert "were not loaded), rows on disk" in caplog.text
+
+
+def test_seed_and_stop(generate):
+    assert generate("--temperature", "1.0", "--seed", "1") != generate("--temperature", "1.0", "--seed", "2")
+    free = generate()[len(PROMPT) :]
+    middle = free[4:6]
+    assert generate("--stop", middle)[len(PROMPT) :].rstrip("\n") == free[: free.index(middle)]
+
+
+def test_without_a_prompt_a_document_begins(walkthrough):
+    options = ("--temperature", "1.0", "--max-tokens", "8")
+    assert len(run("generate", walkthrough / "runs/flex3", *options).strip()) > 3
+
+
+def test_rows_and_store_must_go_together(walkthrough, exact_store, refused):
+    run_folder = walkthrough / "runs/flex3"
+    assert "rows from 'disk' need a ToL store" in refused("generate", run_folder, "--rows", "disk")
+    assert "need no ToL store" in refused("generate", run_folder, "--tol", exact_store, "--rows", "compute")
+
+
+def test_store_of_another_checkpoint(walkthrough, exact_store, tmp_path, refused):
+    data = walkthrough / "runs/data"
+    tiny = ("--total-tokens", "512", "--eval-tokens", "256")
+    run("train", "nano-flex3", "--data", data, "--out", tmp_path / "other", "--seed", "5", *tiny)
+    assert "another checkpoint" in refused("generate", tmp_path / "other", "--tol", exact_store)
+    run("train", "nano-base", "--data", data, "--out", tmp_path / "dense", *tiny)
+    assert "is a dense model" in refused("generate", tmp_path / "dense", "--tol", exact_store)
+
+
+def test_mistakes(walkthrough, tmp_path, refused):
+    run_folder = walkthrough / "runs/flex3"
+    assert "does not exist" in refused("generate", tmp_path / "none")
+    assert re.search(
+        r"the prompt has \d+ tokens; expected 1 to 63", refused("generate", run_folder, "--prompt", "x" * 500)
+    )
+    assert "temperature must not be negative" in refused("generate", run_folder, "--temperature", "-1")
+    assert "--max-tokens must be positive" in refused("generate", run_folder, "--max-tokens", "0")
+    assert "there is no device 'tpu'" in refused("generate", run_folder, "--device", "tpu")

@@ -1,0 +1,52 @@
+"""What the README says can be done, and its numbers are those that were measured."""
+
+import contextlib
+import importlib.util
+import re
+import runpy
+
+import pytest
+
+from tests.cli.conftest import REPOSITORY, readme_blocks
+
+
+def test_every_command_says_something(walkthrough):
+    assert {command.split()[1] for command in walkthrough.outputs} == {
+        "info", "prepare", "train", "tol", "generate", "eval",
+    }  # fmt: skip
+    assert all(output.strip() for output in walkthrough.outputs.values())
+
+
+def test_the_python_block_runs_and_lookups_agree(walkthrough, tmp_path, capsys):
+    (block,) = readme_blocks("python")
+    script = tmp_path / "block.py"
+    script.write_text(block)
+    with contextlib.chdir(walkthrough.folder):
+        names = runpy.run_path(str(script))
+    assert names["logits"].shape == names["dimmed"].shape
+    assert (names["logits"] - names["looked_up"]).abs().max() < 0.02 * names["logits"].abs().max()
+    assert (names["logits"] - names["dimmed"]).abs().max() > 0.1
+    assert "(" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(
+    str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")
+)])  # fmt: skip
+def test_links_lead_somewhere(path):
+    page = REPOSITORY / path
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not link.startswith(("http://", "https://")):
+            assert (page.parent / link).exists(), f"{path} links to {link}"
+
+
+def test_tables_are_those_of_the_committed_results():
+    spec = importlib.util.spec_from_file_location("readme", REPOSITORY / "benchmarks" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert module.render(text) == text
+    perplexity = re.search(r"\| validation perplexity \| ([\d.]+)", text)
+    assert perplexity is not None
+    assert module.render(text.replace(perplexity[1], "1.0")) == text
