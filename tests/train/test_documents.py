@@ -9,7 +9,6 @@ import lzma
 import sys
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -63,6 +62,8 @@ def test_a_row_of_parquet_is_one_document(tmp_path):
 
 
 def test_a_row_of_a_hub_data_set_is_one_document(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
     def load(path, name=None, *, split, streaming):
         assert streaming
         asked.append((path, name, split))
@@ -82,6 +83,8 @@ def test_a_row_of_a_hub_data_set_is_one_document(monkeypatch):
 
 
 def test_a_hub_data_set_that_cannot_be_opened_is_named(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
     def load(*_, **__):
         raise ConnectionError("no route")
 

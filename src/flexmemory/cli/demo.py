@@ -42,10 +42,10 @@ from flexmemory.train.metrics import plot_losses, read_lines
 from flexmemory.train.prepare import prepare
 
 VARIANTS = ("base", "memory", "flex3")
-LEFT_OUT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+LEFT_OUT = ("test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__")
+"""Folders of the standard library that are tests, tables of characters, or not part of it."""
 PROMPT = "def read(self, path):\n"
-NEAREST_OF = (" self", " return", " file", " int", "name")
-VALIDATION_TOKENS = 65_537
+NEAREST_OF = (" return", " True", " is", " a", " self")
 DECODE_TOKENS = 128
 GENERATED_TOKENS = 120
 COMPARED_WINDOWS = 16
@@ -63,7 +63,7 @@ def demo(
 
     Args:
         out: Folder for everything that is made.
-        data: Text to train on; by default the source of Python's standard library, its tests left out.
+        data: Text to train on; by default the source of Python's standard library, without tests and tables.
         size: Family of presets to train.
         total_tokens: Tokens to train each model on; by default the preset's.
 
@@ -92,7 +92,8 @@ def demo(
             logger.info("stopped; the same command goes on from here")
             return 128 + result.signal
     plot_losses({variant: out / variant / "metrics.jsonl" for variant in VARIANTS}, image=out / "losses.png")
-    results = {variant: measure(out, variant, dataset) for variant in VARIANTS}
+    num_tokens = presets["base"].train.eval_tokens
+    results = {variant: measure(out, variant, dataset, num_tokens=num_tokens) for variant in VARIANTS}
     write_json(out / "demo.json", {"models": results, "provenance": provenance()})
     print(f"\n{table(results)}\n\nloss curves: {out / 'losses.png'}")
     print_generation(Checkpoint.open(out / "flex3"), out / "tol" / "flex3-bf16")
@@ -100,12 +101,12 @@ def demo(
     return 0
 
 
-def measure(out: Path, variant: str, dataset: TokenDataset) -> dict[str, float]:
-    """The figures of one trained model."""
+def measure(out: Path, variant: str, dataset: TokenDataset, *, num_tokens: int) -> dict[str, float]:
+    """The figures of one trained model; perplexity is that of the first `num_tokens` held-out tokens."""
     checkpoint = Checkpoint.open(out / variant)
     counts = count_parameters(checkpoint.config)
     computed = load_model(checkpoint)
-    stream = validation_stream(dataset)
+    stream = validation_stream(dataset, num_tokens=num_tokens)
     speeds = [line["tokens_per_s"] for line in read_lines(out / variant / "metrics.jsonl") if "tokens_per_s" in line]
     figures = {
         "parameters, total (M)": counts.total / 1e6,
@@ -128,15 +129,15 @@ def measure(out: Path, variant: str, dataset: TokenDataset) -> dict[str, float]:
     return figures
 
 
-def validation_stream(dataset: TokenDataset) -> np.ndarray:
-    """The first held-out tokens.
+def validation_stream(dataset: TokenDataset, *, num_tokens: int) -> np.ndarray:
+    """The first held-out tokens, with one before them as context.
 
     Raises:
         ValueError: no document was held out.
     """
     if dataset.validation is None:
         raise ValueError("the demo needs two documents at least, so that one can be held out: give more --data")
-    return dataset.validation.read(0, min(len(dataset.validation), VALIDATION_TOKENS))
+    return dataset.validation.read(0, min(len(dataset.validation), num_tokens + 1))
 
 
 def built(path: Path, checkpoint: Checkpoint, *, codec: str) -> ToLStore:
@@ -176,7 +177,7 @@ def print_generation(checkpoint: Checkpoint, store: Path) -> None:
     """Continue a prompt from disk, the FFN weights never loaded."""
     loaded = load_model(checkpoint, tol=store, rows="disk")
     tokenizer = checkpoint.tokenizer()
-    print(f"\n{checkpoint.config.architecture} model, {loaded.describe()}:\n")
+    print(f"\n{store.name}: {loaded.describe()}:\n")
     ids = generate(
         loaded.model,
         [tokenizer.boundary_id, *tokenizer.encode(PROMPT)],
