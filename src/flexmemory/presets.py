@@ -59,8 +59,8 @@ _NANO_RECIPE = TrainConfig(
     eval_every=20, eval_tokens=4096, save_every=20,
 )  # fmt: skip
 _DEMO_RECIPE = TrainConfig(
-    total_tokens=262_144, batch_tokens=2048, seq_len=256, micro_batch_size=8, lr=1e-3, lr_final=1e-4, warmup_steps=10,
-    eval_every=32, eval_tokens=32_768, save_every=64,
+    total_tokens=245_760, batch_tokens=2048, seq_len=256, micro_batch_size=8, lr=1e-3, lr_final=1e-4, warmup_steps=10,
+    eval_every=30, eval_tokens=32_768, save_every=60,
 )  # fmt: skip
 _SMALL_RECIPE = TrainConfig(
     total_tokens=400_000_000, batch_tokens=65_536, seq_len=1024, micro_batch_size=16, lr=1e-3, lr_final=1e-4,

@@ -1,15 +1,16 @@
-"""Files that are whole or absent: atomic folders, JSON, checksums."""
+"""Files that are whole or absent: atomic folders, work that can be resumed, JSON, checksums."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -46,6 +47,59 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Progress:
+    """The progress file of a folder in the making: JSON lines, first what is being made, then what was done of it.
+
+    It is locked while it is open, and a line is on disk when `append` returns.
+    """
+
+    NAME = "progress.jsonl"
+
+    def __init__(self, file: BinaryIO, lines: list[Any]) -> None:
+        """See `open`."""
+        self.lines = lines
+        self._file = file
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, folder: Path, identity: Mapping[str, Any]) -> Iterator[Progress]:
+        """Open or begin the work called `identity` in `folder`; `lines` is what was done of it.
+
+        Raises:
+            ValueError: `folder` holds other work of which something is done, or another process is at it.
+        """
+        path = folder / cls.NAME
+        remedy = f"finish that, remove {folder}, or choose another --out"
+        if folder.exists() and not path.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} exists and is not unfinished work; {remedy}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is writing to {folder}; wait for it or stop it") from error
+            file.seek(0)
+            content = file.read()
+            whole = content.rfind(b"\n") + 1  # a line cut short by a crash never counted
+            lines = [json.loads(line) for line in content[:whole].splitlines()]
+            if lines and lines[0] != identity:
+                if len(lines) > 1:
+                    keys = ", ".join(key for key in identity if lines[0].get(key) != identity[key])
+                    raise ValueError(f"{folder} is unfinished work of another kind ({keys} differ); {remedy}")
+                lines, whole = [], 0
+            file.truncate(whole)
+            progress = cls(file, lines[1:])
+            if not lines:
+                progress.append(identity)
+            yield progress
+
+    def append(self, line: Any) -> None:
+        """Record `line`."""
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

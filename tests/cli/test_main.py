@@ -52,6 +52,15 @@ def test_traceback_only_on_request(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
+    def interrupted(_argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flexmemory.cli.info.main", interrupted)
+    assert main(["info", "1b-base"]) == 130
+    assert capsys.readouterr().err.startswith("flexmemory: error: interrupted")
+
+
 def test_python_dash_m():
     command = [sys.executable, "-m", "flexmemory", "info", "1b-bace"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -50,3 +50,10 @@ def test_tables_are_those_of_the_committed_results():
     perplexity = re.search(r"\| validation perplexity \| ([\d.]+)", text)
     assert perplexity is not None
     assert module.render(text.replace(perplexity[1], "1.0")) == text
+
+
+def test_every_test_that_the_paper_map_names_exists():
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (REPOSITORY / "docs/paper-map.md").read_text(encoding="utf-8"))
+    assert len(named) > 15
+    for path, name in named:
+        assert f"\ndef {name}(" in (REPOSITORY / path).read_text(encoding="utf-8"), f"{path}::{name}"

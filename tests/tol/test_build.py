@@ -157,9 +157,7 @@ def test_another_build_in_the_partial_folder_is_refused(change, named, nano, tmp
     out = tmp_path / "store"
     interrupted(nano, out, chunks=2)
     before = files(partial_folder(out))
-    with pytest.raises(
-        ValueError, match=f"unfinished build of another store .*{named}.* differ.*; finish that build, rem"
-    ):
+    with pytest.raises(ValueError, match=f"unfinished work of another kind .*{named}.* differ.*; finish that, remove"):
         build_store(nano, out, **{**SIZES, **change})
     assert files(partial_folder(out)) == before
 
@@ -175,7 +173,7 @@ def test_a_partial_folder_of_something_else_is_refused(nano, tmp_path):
     partial = partial_folder(tmp_path / "store")
     partial.mkdir()
     (partial / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists and is not an unfinished build"):
+    with pytest.raises(ValueError, match="exists and is not unfinished work"):
         build_store(nano, tmp_path / "store", **SIZES)
     assert files(partial) == {"notes.txt": b"mine"}
 
@@ -185,7 +183,7 @@ def test_two_builds_of_one_store_at_once_are_refused(nano, tmp_path):
     interrupted(nano, out, chunks=2)
     with (partial_folder(out) / "progress.jsonl").open("a") as progress:
         fcntl.flock(progress, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is building"):
+        with pytest.raises(ValueError, match="another process is writing to"):
             build_store(nano, out, **SIZES)
 
 

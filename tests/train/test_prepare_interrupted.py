@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from flexmemory.cli import main
-from flexmemory.storage import read_json
+from flexmemory.storage import Progress, read_json
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.train import prepare as module
 from flexmemory.train.prepare import prepare
-from flexmemory.train.shards import Progress, ShardWriter
+from flexmemory.train.shards import ShardWriter
 from tests.train.corpora import digests, documents, take_small_steps, write_jsonl
 
 
@@ -39,8 +39,8 @@ OPTIONS: dict[str, Any] = {"vocab_size": 350, "val_fraction": 0.1, "shard_tokens
 
 
 def committed_bytes(folder: Path) -> int:
-    lines = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
-    return sum(split["bytes"] for split in lines[-1].get("splits", {}).values())
+    *_, last, _ = (folder / "progress.jsonl").read_text().split("\n")  # what follows the last line end never counted
+    return sum(split["bytes"] for split in json.loads(last).get("splits", {}).values())
 
 
 def resume(corpus: Path, out: Path, monkeypatch) -> None:
@@ -189,7 +189,8 @@ def test_other_work_is_refused(tmp_path, corpus, monkeypatch, change, named):
     partial = interrupted(corpus, tmp_path / "out", monkeypatch, commits=3)
     before = digests(partial)
     message = (
-        rf"{partial} is unfinished work of another kind \({named} differ\); remove {partial} or choose another --out"
+        rf"{partial} is unfinished work of another kind \({named} differ\); "
+        rf"finish that, remove {partial}, or choose another --out"
     )
     with pytest.raises(ValueError, match=message):
         prepare([corpus], tmp_path / "out", **(OPTIONS | change))
@@ -205,9 +206,9 @@ def test_changed_files_are_other_work(tmp_path, corpus, monkeypatch):
         prepare([corpus / "a.txt"], tmp_path / "out", **OPTIONS)
 
 
-def test_work_that_had_not_begun_is_no_obstacle(tmp_path, corpus, monkeypatch):
-    interrupted(corpus, tmp_path / "out", monkeypatch, commits=0)
-    (corpus / "more.txt").write_text("one more")
+def test_work_that_had_not_begun_is_no_obstacle(tmp_path, corpus):
+    with Progress.open(tmp_path / "out.partial", {"inputs": "others"}):
+        pass
     straight = digests(prepare([corpus], tmp_path / "straight", **OPTIONS))
     assert digests(prepare([corpus], tmp_path / "out", **OPTIONS)) == straight
 
@@ -256,7 +257,7 @@ def test_two_runs_at_once_are_refused(tmp_path, corpus):
 def test_a_folder_of_others_is_left_alone(tmp_path, corpus):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match=r"out\.partial exists and is not unfinished work; remove"):
+    with pytest.raises(ValueError, match=r"out\.partial exists and is not unfinished work; finish that, remove"):
         prepare([corpus], tmp_path / "out", **OPTIONS)
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "precious"
     with pytest.raises(FileExistsError, match="in already exists; choose another folder or remove it"):

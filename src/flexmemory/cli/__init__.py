@@ -1,6 +1,7 @@
 """The `flexmemory` command: one module per verb, imported only when it is called.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 the work failed, 2 a user's mistake.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done, 1 the work failed, 2 a user's mistake, 128
+and a signal's number where a signal stopped it.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), code=2)
     except FloatingPointError as error:
         return _fail(str(error), code=1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run again, a command that makes a folder goes on where it was", code=130)
 
 
 def _usage() -> str:

@@ -12,7 +12,6 @@ Run again, it goes on where it was stopped.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import statistics
 import sys
@@ -59,7 +58,7 @@ def demo(
     size: str = "demo",
     total_tokens: int | None = None,
 ) -> int:
-    """Train base, memory and flex-3 on the same tokens, then compare them and generate from disk.
+    """Train base, memory and flex-3 on the same tokens on the CPU, then compare them and generate from disk.
 
     Args:
         out: Folder for everything that is made.
@@ -78,6 +77,8 @@ def demo(
         vocab_size = presets["base"].model.vocab_size
         prepare([corpus], prepared, vocab_size=vocab_size, val_fraction=0.05, exclude_dirs=LEFT_OUT)
     dataset = TokenDataset.open(prepared)
+    logger.info("using %s: %s training tokens", prepared, f"{len(dataset.train):,}")
+    stream = validation_stream(dataset, num_tokens=presets["base"].train.eval_tokens)
     for variant, preset in presets.items():
         recipe = preset.train
         if total_tokens is not None:
@@ -92,8 +93,7 @@ def demo(
             logger.info("stopped; the same command goes on from here")
             return 128 + result.signal
     plot_losses({variant: out / variant / "metrics.jsonl" for variant in VARIANTS}, image=out / "losses.png")
-    num_tokens = presets["base"].train.eval_tokens
-    results = {variant: measure(out, variant, dataset, num_tokens=num_tokens) for variant in VARIANTS}
+    results = measure(out, stream)
     write_json(out / "demo.json", {"models": results, "provenance": provenance()})
     print(f"\n{table(results)}\n\nloss curves: {out / 'losses.png'}")
     print_generation(Checkpoint.open(out / "flex3"), out / "tol" / "flex3-bf16")
@@ -101,32 +101,34 @@ def demo(
     return 0
 
 
-def measure(out: Path, variant: str, dataset: TokenDataset, *, num_tokens: int) -> dict[str, float]:
-    """The figures of one trained model; perplexity is that of the first `num_tokens` held-out tokens."""
-    checkpoint = Checkpoint.open(out / variant)
-    counts = count_parameters(checkpoint.config)
-    computed = load_model(checkpoint)
-    stream = validation_stream(dataset, num_tokens=num_tokens)
-    speeds = [line["tokens_per_s"] for line in read_lines(out / variant / "metrics.jsonl") if "tokens_per_s" in line]
-    figures = {
-        "parameters, total (M)": counts.total / 1e6,
-        "parameters, resident (M)": counts.resident / 1e6,
-        "validation perplexity": perplexity(computed.model, stream).perplexity,
-        "training speed (tokens/s)": statistics.median(speeds),
-        "decode, rows computed (ms/token)": decode_ms(computed),
-    }
-    if checkpoint.config.has_memory:
-        stores = {
-            codec: built(out / "tol" / f"{variant}-{codec}", checkpoint, codec=codec) for codec in ("bf16", "fp32")
+def measure(out: Path, stream: np.ndarray) -> dict[str, dict[str, float]]:
+    """The figures of each trained model; perplexity is that of the held-out `stream`."""
+    results: dict[str, dict[str, float]] = {}
+    decoders: dict[tuple[str, str], LoadedModel] = {}
+    for variant in VARIANTS:
+        checkpoint = Checkpoint.open(out / variant)
+        counts = count_parameters(checkpoint.config)
+        computed = decoders[variant, "computed"] = load_model(checkpoint)
+        lines = read_lines(out / variant / "metrics.jsonl")
+        figures = results[variant] = {
+            "parameters, total (M)": counts.total / 1e6,
+            "parameters, resident (M)": counts.resident / 1e6,
+            "validation perplexity": perplexity(computed.model, stream).perplexity,
+            "training speed (tokens/s)": statistics.median(line["tokens_per_s"] for line in lines if "lr" in line),
         }
-        host, disk = (load_model(checkpoint, tol=stores["bf16"].path, rows=place) for place in ("host", "disk"))
-        figures["decode, rows in host memory (ms/token)"] = decode_ms(host)
-        figures["decode, rows on disk (ms/token)"] = decode_ms(disk)
-        for codec, store in stores.items():
+        if not checkpoint.config.has_memory:
+            continue
+        for codec in ("bf16", "fp32"):
+            store = built(out / "tol" / f"{variant}-{codec}", checkpoint, codec=codec)
             looked_up = load_model(checkpoint, tol=store.path, rows="disk")
             figures[f"ToL in {codec} (MB)"] = store.nbytes / 1e6
             figures[f"largest logit difference, {codec} rows"] = logit_difference(computed, looked_up, stream)
-    return figures
+        bf16 = out / "tol" / f"{variant}-bf16"
+        decoders[variant, "in host memory"] = load_model(checkpoint, tol=bf16, rows="host")
+        decoders[variant, "on disk"] = load_model(checkpoint, tol=bf16, rows="disk")
+    for (variant, place), milliseconds in decode_ms(decoders).items():
+        results[variant][f"decode, rows {place} (ms/token)"] = milliseconds
+    return results
 
 
 def validation_stream(dataset: TokenDataset, *, num_tokens: int) -> np.ndarray:
@@ -145,11 +147,20 @@ def built(path: Path, checkpoint: Checkpoint, *, codec: str) -> ToLStore:
     return ToLStore.open(path, checkpoint=checkpoint) if path.exists() else build_store(checkpoint, path, codec=codec)
 
 
-def decode_ms(loaded: LoadedModel) -> float:
-    """Median milliseconds to decode one token at batch 1."""
-    ids = generate(loaded.model, [0], row_source=loaded.row_source, max_new_tokens=DECODE_TOKENS)
-    times = [time.perf_counter(), *(time.perf_counter() for _ in ids)]
-    return 1000 * statistics.median(after - before for before, after in itertools.pairwise(times))
+def decode_ms(decoders: dict[tuple[str, str], LoadedModel]) -> dict[tuple[str, str], float]:
+    """Median milliseconds to decode one token at batch 1; all take turns, so that a busy machine slows all alike."""
+    streams = {
+        key: generate(loaded.model, [0], row_source=loaded.row_source, max_new_tokens=DECODE_TOKENS)
+        for key, loaded in decoders.items()
+    }
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in decoders}
+    longest = min(loaded.model.config.max_seq_len for loaded in decoders.values())
+    for _ in range(min(DECODE_TOKENS, longest - 1)):
+        for key, stream in streams.items():
+            start = time.perf_counter()
+            next(stream)
+            times[key].append(1000 * (time.perf_counter() - start))
+    return {key: statistics.median(values) for key, values in times.items()}
 
 
 @torch.inference_mode()

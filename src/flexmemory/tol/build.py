@@ -7,16 +7,13 @@ goes on after the last of them and ends with the bytes of one that was not.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,7 +22,7 @@ from tqdm import tqdm
 
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import Transformer
-from flexmemory.storage import publish, write_json
+from flexmemory.storage import Progress, publish, write_json
 from flexmemory.tol.codec import get_codec
 from flexmemory.tol.format import (
     BLOCK_BYTES,
@@ -39,7 +36,6 @@ from flexmemory.tol.format import (
 )
 from flexmemory.tol.store import ToLStore
 
-PROGRESS = "progress.jsonl"
 CHUNK_TOKENS = 1024
 """Rows computed at once: 200 MB of fp32 at L 24, D 2048."""
 
@@ -89,12 +85,13 @@ def build_store(
     partial = partial_folder(out)
     # Chunks are part of the identity: GEMMs of another height round differently, and a resumed build shall not.
     identity = json.loads(json.dumps({**manifest.to_json(), "chunk_rows": chunk_rows}))
-    with _open_progress(partial, identity) as (progress, checksums):
+    with Progress.open(partial, identity) as progress:
+        checksums = [digest for digests in progress.lines for digest in digests]
         _check_written(partial, manifest, checksums)
         _write_rows(checkpoint, partial, manifest, progress, checksums, chunk_rows=chunk_rows, device=device)
         write_json(partial / MANIFEST, manifest.with_blocks(checksums).to_json())
         publish(partial, out)
-        (out / PROGRESS).unlink()
+        (out / Progress.NAME).unlink()
     return ToLStore.open(out, checkpoint=checkpoint)
 
 
@@ -111,7 +108,7 @@ def _write_rows(
     checkpoint: Checkpoint,
     partial: Path,
     manifest: Manifest,
-    progress: BinaryIO,
+    progress: Progress,
     checksums: list[str],
     *,
     chunk_rows: int,
@@ -136,7 +133,7 @@ def _write_rows(
             ]
             try:
                 _write_chunk(partial, manifest, shard, first, data)
-                _append(progress, digests)
+                progress.append(digests)
             except OSError as error:
                 raise OSError(
                     f"cannot write {partial} ({error.strerror}); free some space and run the same build again: "
@@ -180,42 +177,6 @@ def _write_chunk(partial: Path, manifest: Manifest, shard: Shard, first: int, da
         file.write(data.data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _append(progress: BinaryIO, line: Any) -> None:
-    progress.write(json.dumps(line).encode() + b"\n")
-    progress.flush()
-    os.fsync(progress.fileno())
-
-
-@contextlib.contextmanager
-def _open_progress(partial: Path, identity: dict[str, Any]) -> Iterator[tuple[BinaryIO, list[str]]]:
-    """The progress file, locked and open at its end, and the checksums in it.
-
-    Raises:
-        ValueError: `partial` belongs to another build, or to one that is running.
-    """
-    path = partial / PROGRESS
-    remedy = f"finish that build, remove {partial}, or choose another folder"
-    if partial.exists() and not path.exists() and any(partial.iterdir()):
-        raise ValueError(f"{partial} exists and is not an unfinished build; {remedy}")
-    partial.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as progress:
-        try:
-            fcntl.flock(progress, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is building in {partial}; wait for it or stop it") from error
-        progress.seek(0)
-        content = progress.read()
-        whole = content.rfind(b"\n") + 1  # a line cut short by a crash never counted
-        progress.truncate(whole)
-        lines = [json.loads(line) for line in content[:whole].splitlines()]
-        if not lines:
-            _append(progress, identity)
-        elif lines[0] != identity:
-            keys = ", ".join(key for key in identity if lines[0].get(key) != identity[key])
-            raise ValueError(f"{partial} is an unfinished build of another store ({keys} differ); {remedy}")
-        yield progress, [digest for digests in lines[1:] for digest in digests]
 
 
 def _check_written(partial: Path, manifest: Manifest, checksums: Sequence[str]) -> None:

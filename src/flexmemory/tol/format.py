@@ -5,7 +5,7 @@
       rows-00000.safetensors    one tensor `rows` [tokens, stride_bytes] uint8, token-major, for a range of tokens
       rows-00001.safetensors    ...
 
-Eq. 2.9 of the paper says what a row is; Sec. 5.2 why the first layers come first in it.
+Eq. 2.9 of the paper says what a row is; Fig. 12 why the first layers come first in it.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from flexmemory.storage import publish, write_json
+from flexmemory.storage import Progress, publish, write_json
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.train.data import FORMAT, FORMAT_VERSION
 from flexmemory.train.documents import Document, Position, Source, find_sources, read_documents
-from flexmemory.train.shards import PROGRESS, Progress, ShardWriter
+from flexmemory.train.shards import ShardWriter
 
 VOCAB_SIZE = 32_768
 SMALLEST_VOCAB = 257
@@ -110,7 +110,7 @@ def prepare(
             manifest = _fill(partial, progress, sources, identity, tokenizer=tokenizer, vocab_size=vocab_size)
             write_json(partial / "manifest.json", manifest)
             publish(partial, out)
-            (out / PROGRESS).unlink()
+            (out / Progress.NAME).unlink()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -138,9 +138,14 @@ def _fill(
             read_documents(sources, text_field=text_field), every=every, vocab_size=vocab_size
         )
         tokenizer.save(folder)
-        progress.append({"tokenizer": tokenizer.fingerprint})
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    writer = ShardWriter(folder, progress, dtype=dtype.newbyteorder("<"), shard_tokens=identity["shard_tokens"])
+    writer = ShardWriter(
+        folder,
+        progress,
+        tokenizer=tokenizer.fingerprint,
+        dtype=dtype.newbyteorder("<"),
+        shard_tokens=identity["shard_tokens"],
+    )
     state = writer.state
     if state.documents:
         logger.info("%s: going on after %d documents", folder, state.documents)
@@ -171,7 +176,7 @@ def _split(index: int, every: int | None) -> str:
 
 def _saved_tokenizer(folder: Path, progress: Progress) -> Tokenizer:
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.fingerprint != progress.lines[0]["tokenizer"]:
+    if tokenizer.fingerprint != progress.lines[-1]["tokenizer"]:
         raise ValueError(f"{folder}/tokenizer.json is not as it was written; remove {folder} and start again")
     return tokenizer
 

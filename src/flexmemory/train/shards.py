@@ -1,27 +1,19 @@
-"""Token shards that grow, and the progress file that says how far they are safe on disk.
-
-The progress file is JSON lines: what is being made, then whatever its user records. It is locked while it is open, and
-a line is on disk when `Progress.append` returns.
-"""
+"""Token shards that grow, and can go on from their last commit."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexmemory.storage import sha256_file
+from flexmemory.storage import Progress, sha256_file
 from flexmemory.train.documents import START, Position
 
-PROGRESS = "progress.jsonl"
 SPLITS = ("train", "validation")
 
 
@@ -44,6 +36,8 @@ class Split:
 class State:
     """How far the work is."""
 
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
     position: Position = START
     empty: int = 0
     """Empty documents left out."""
@@ -53,7 +47,7 @@ class State:
     def from_json(cls, values: Mapping[str, Any]) -> State:
         """Read what `dataclasses.asdict` gave."""
         splits = {name: Split(**split) for name, split in values["splits"].items()}
-        return cls(position=Position(*values["position"]), empty=values["empty"], splits=splits)
+        return cls(**{**values, "position": Position(*values["position"]), "splits": splits})
 
     @property
     def documents(self) -> int:
@@ -71,67 +65,18 @@ class State:
         return sum(split.bytes for split in self.splits.values())
 
 
-class Progress:
-    """The open progress file of a folder."""
-
-    def __init__(self, file: BinaryIO, lines: list[dict[str, Any]]) -> None:
-        """See `open`."""
-        self.lines = lines
-        self._file = file
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, folder: Path, identity: Mapping[str, Any]) -> Iterator[Progress]:
-        """Open or begin the work called `identity` in `folder`; `lines` is what was recorded of it.
-
-        Work of another identity is begun anew if it had not yet recorded tokens.
-
-        Raises:
-            ValueError: `folder` holds other work, or another process is at it.
-        """
-        path = folder / PROGRESS
-        remedy = f"remove {folder} or choose another --out"
-        if folder.exists() and not path.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} exists and is not unfinished work; {remedy}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"another process is writing to {folder}; wait for it or stop it") from error
-            file.seek(0)
-            content = file.read()
-            whole = content.rfind(b"\n") + 1  # a line cut short by a crash never counted
-            lines = [json.loads(line) for line in content[:whole].splitlines()]
-            if lines and lines[0] != identity:
-                if any("splits" in line for line in lines):
-                    keys = ", ".join(key for key in identity if lines[0].get(key) != identity[key])
-                    raise ValueError(f"{folder} is unfinished work of another kind ({keys} differ); {remedy}")
-                lines, whole = [], 0
-            file.truncate(whole)
-            progress = cls(file, lines[1:])
-            if not lines:
-                progress.append(identity)
-            yield progress
-
-    def append(self, line: Mapping[str, Any]) -> None:
-        """Record `line`."""
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
 class ShardWriter:
     """Appends tokens to the shards of a folder, on from where its progress file says."""
 
-    def __init__(self, folder: Path, progress: Progress, *, dtype: np.dtype[Any], shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress, *, tokenizer: str, dtype: np.dtype[Any], shard_tokens: int
+    ) -> None:
         """Bring the shards of `folder` back to the last commit.
 
         Raises:
             ValueError: a shard is missing or shorter than it was.
         """
-        states = [line for line in progress.lines if "splits" in line]
-        self.state = State.from_json(states[-1]) if states else State()
+        self.state = State.from_json(progress.lines[-1]) if progress.lines else State(tokenizer=tokenizer)
         self._folder = folder
         self._progress = progress
         self._dtype = dtype
