@@ -119,6 +119,11 @@ def test_half_written_and_damaged_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is not valid JSON"):
         Checkpoint.open(tmp_path / "garbled")
 
+    path = damaged("partial-manifest") / "manifest.json"
+    path.write_text(json.dumps({"format": "flexmemory-checkpoint", "format_version": 1}))
+    with pytest.raises(ValueError, match="lacks 'files'; it is damaged"):
+        Checkpoint.open(tmp_path / "partial-manifest")
+
     path = damaged("newer") / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
     with pytest.raises(ValueError, match="has checkpoint format 2; this version reads up to 1: update flexmemory"):

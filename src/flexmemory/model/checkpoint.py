@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,6 +88,13 @@ class Checkpoint:
         """
         folder = find_checkpoint(Path(path))
         manifest = read_json(folder / "manifest.json")
+        try:
+            return cls._checked(folder, manifest)
+        except KeyError as error:
+            raise ValueError(f"{folder}/manifest.json lacks {error}; it is damaged") from error
+
+    @classmethod
+    def _checked(cls, folder: Path, manifest: dict[str, Any]) -> Checkpoint:
         if manifest.get("format") != "flexmemory-checkpoint":
             raise ValueError(f"{folder} is not a flexmemory checkpoint (manifest format {manifest.get('format')!r})")
         if manifest["format_version"] > FORMAT_VERSION:

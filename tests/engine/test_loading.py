@@ -1,0 +1,66 @@
+"""A loaded model gives the same logits from every source of rows, and holds only the weights it needs."""
+
+import pytest
+import torch
+
+from flexmemory.engine.loading import load_model
+from flexmemory.engine.reference import generate
+from flexmemory.model.accounting import count_parameters
+from flexmemory.model.checkpoint import Checkpoint, save_checkpoint
+from flexmemory.storage import atomic_folder
+from flexmemory.tol.build import build_store
+from flexmemory.tol.tiers import Where
+from tests.conftest import VARIED, random_model
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PLACES: list[Where] = ["device", "host", "disk"]
+
+
+@pytest.fixture(params=["nano-memory", "grouped-query", "ffn+table"])
+def checkpoint(request, tmp_path):
+    with atomic_folder(tmp_path / "checkpoint") as folder:
+        save_checkpoint(folder, random_model(VARIED[request.param], dtype=torch.float32), None)
+    return Checkpoint.open(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("place", PLACES)
+def test_rows_from_anywhere_give_the_computed_logits(checkpoint, tmp_path, tokens, device, place):
+    store = build_store(checkpoint, tmp_path / "tol", codec="fp32", device=device)
+    computed = load_model(checkpoint, device=device)
+    looked_up = load_model(checkpoint, tol=store.path, rows=place, device=device)
+    assert looked_up.row_source is not None
+    ids = tokens(3, 20).to(device)
+    with torch.no_grad():
+        expected = computed.model(ids)
+        torch.testing.assert_close(looked_up.model(ids, looked_up.row_source(ids)), expected, rtol=1e-4, atol=1e-5)
+    texts = [
+        list(generate(m.model, [1, 2, 3], row_source=m.row_source, max_new_tokens=30)) for m in (computed, looked_up)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_decoding_stays_near_fp32(checkpoint, tmp_path, tokens, device):
+    store = build_store(checkpoint, tmp_path / "tol", device=device)
+    exact = load_model(checkpoint)
+    rough = load_model(checkpoint, tol=store.path, rows="host", device=device, dtype=torch.bfloat16)
+    assert rough.row_source is not None
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        expected = exact.model(ids)
+        logits = rough.model(ids.to(device), rough.row_source(ids.to(device))).float().cpu()
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+
+
+def test_what_is_in_memory_is_said(checkpoint, tmp_path):
+    store = build_store(checkpoint, tmp_path / "tol")
+    counts = count_parameters(checkpoint.config)
+    computed, disk = load_model(checkpoint), load_model(checkpoint, tol=store.path)
+    host = load_model(checkpoint, tol=store.path, rows="host")
+    assert (computed.weight_bytes, computed.table_bytes) == (4 * counts.total, 0)
+    assert (disk.weight_bytes, disk.table_bytes) == (4 * counts.resident, 0)
+    assert (host.weight_bytes, host.table_bytes) == (4 * counts.resident, store.nbytes)
+    assert "rows on disk" in disk.describe()
+    assert "rows in host memory" in host.describe()
+    assert "rows" not in computed.describe()
