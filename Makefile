@@ -1,5 +1,5 @@
 # make demo    train, build the lookups, generate from disk (about 6 minutes on 2 cores after set-up)
-# make test    the test suite
+# make test    the test suite (make test-gpu: what needs a GPU)
 # make lint    formatting, lint, types, spelling
 # Each sets up .venv by itself: the torch build that fits this machine (CPU without a GPU), then the package.
 
@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-gpu lint format clean
 
 setup: $(VENV)/.ready
 
@@ -24,7 +24,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
-	$(BIN)/python -m pytest -q -o addopts= -m compile
+	$(BIN)/python -m pytest -q -o addopts= -m "compile and not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -q -m "gpu and not compile"
+	$(BIN)/python -m pytest -q -o addopts= -m "gpu and compile"
 
 lint: setup
 	$(BIN)/ruff format --check src tests

@@ -272,6 +272,7 @@ def test_what_does_not_fit_is_refused(tmp_path, prepared, caplog):
 
 
 @pytest.mark.gpu
+@pytest.mark.compile
 @pytest.mark.filterwarnings("default")  # of the compiler
 def test_a_gpu_trains_like_a_cpu_and_resumes(tmp_path, prepared, monkeypatch):
     def start(out, model, **options):
