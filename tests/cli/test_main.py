@@ -34,8 +34,8 @@ def test_every_verb_has_help(verb, capsys):
 
 
 def test_unknown_verb_names_the_nearest(capsys):
-    assert main(["generat"]) == 2
-    assert "unknown verb 'generat'; did you mean 'generate'?" in capsys.readouterr().err
+    assert main(["infoo"]) == 2
+    assert "unknown verb 'infoo'; did you mean 'info'?" in capsys.readouterr().err
 
 
 def test_unknown_option_exits_with_2(capsys):
