@@ -141,7 +141,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json` (the names that transformers reads)."""
-        (folder / "tokenizer.json").write_text(self.core.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self.core.to_str(), encoding="utf-8")
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.boundary,
