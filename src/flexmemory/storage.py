@@ -120,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); it is damaged or not ours") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, got {type(value).__name__}")  # noqa: TRY004
+        raise ValueError(f"{path} should hold a JSON object, got {type(value).__name__}")
     return value
 
 

@@ -153,7 +153,7 @@ class Checkpoint:
         expected = dict(model.named_parameters())  # a tied head appears once, as the embedding
         try:
             with safe_open(self.path / WEIGHTS, framework="pt", device=str(device)) as file:
-                names = {name for name in file.keys() if memory or ".memory." not in name}  # noqa: SIM118
+                names = {name for name in file.keys() if memory or ".memory." not in name}  # noqa: SIM118 - not a mapping
                 if names != expected.keys():
                     odd = ", ".join(sorted(names ^ expected.keys())[:5])
                     raise ValueError(f"{self.path / WEIGHTS} does not fit its config.json: see tensors {odd}")

@@ -180,7 +180,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} is not JSON ({error})") from error
             if not isinstance(record, dict):
-                raise ValueError(f"{where} should be a JSON object, got {type(record).__name__}")  # noqa: TRY004
+                raise ValueError(f"{where} should be a JSON object, got {type(record).__name__}")
             yield _field(record, text_field, where)
 
 
@@ -224,7 +224,7 @@ def _field(record: dict[str, object], text_field: str, where: str) -> str:
         raise ValueError(f"{where} {_no_field(text_field, record)}")
     value = record[text_field]
     if not isinstance(value, str):
-        raise ValueError(f"{where}: field {text_field!r} should be a string, got {type(value).__name__}")  # noqa: TRY004
+        raise ValueError(f"{where}: field {text_field!r} should be a string, got {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
