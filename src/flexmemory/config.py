@@ -107,6 +107,9 @@ class TrainConfig:
     """Tokens per training sequence."""
     micro_batch_size: int = 8
     """Sequences per forward pass; gradients accumulate up to `batch_tokens`."""
+    rows_per: Literal["auto", "step", "micro-batch"] = "auto"
+    """Compute memory rows once per unique id of the optimizer step, or of each micro-batch. `auto` is the step, which
+    is less work, where an estimate of the memory that takes fits what is free."""
     lr: float = 1e-4
     """Peak learning rate."""
     lr_final: float = 1e-5

@@ -94,6 +94,24 @@ def test_learns(name, tmp_path, prepared, dataset):
     assert result.val_loss < unigram_entropy - 1
 
 
+def test_rows_per_step_or_per_micro_batch_train_alike(tmp_path, prepared, monkeypatch):
+    monkeypatch.setattr(loop, "can_plot", lambda: False)
+
+    def lines(name, **changes):
+        config = recipe(steps=8, micro_batch_size=1, log_every=1, **changes)
+        train(nano(), train_config=config, data=prepared, out=tmp_path / name)
+        return [line for line in read_lines(tmp_path / name / "metrics.jsonl") if "ce" in line]
+
+    step, micro = lines("step", rows_per="step"), lines("micro", rows_per="micro-batch")
+    for one, other in zip(step, micro, strict=True):
+        assert one["ce"] == pytest.approx(other["ce"], rel=1e-5)
+        assert one["unique_share"] < 0.8 * other["unique_share"]
+    shares = [line["unique_share"] for line in step]
+    assert [line["unique_share"] for line in lines("auto")] == shares
+    monkeypatch.setattr(loop, "free_memory", lambda _device: 1000)
+    assert [line["unique_share"] for line in lines("little")] == [line["unique_share"] for line in micro]
+
+
 def test_run_folder(tmp_path, prepared, dataset, plots):
     result = train(nano(), train_config=recipe(steps=12), data=prepared, out=tmp_path, argv=["nano-memory", "--x"])
     assert result.step == 12

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from flexmemory.config import ModelConfig
+from flexmemory.model.accounting import row_training_bytes
 from flexmemory.model.init import new_model
-from flexmemory.train.data import Batch, SequentialBatches
+from flexmemory.train.data import Batch, SequentialBatches, ShuffledBatches
 from flexmemory.train.optimizer import make_optimizer
-from flexmemory.train.step import BatchLoss, evaluate, loss_function, take_step
+from flexmemory.train.step import StepFunctions, accumulate, evaluate, rows_fit, step_functions, take_step
 from tests.conftest import WITH_MEMORY, random_model
 from tests.train.conftest import nano, recipe
 
@@ -29,10 +30,15 @@ def per_position(batch: Batch) -> Batch:
     return dataclasses.replace(batch, unique_ids=batch.token_ids.flatten(), index=index)
 
 
-def gradients(loss_of, *, batch, model):
+def gradients(functions: StepFunctions, *, batch, model):
     model.zero_grad()
-    loss, _ = loss_of(batch)
+    table = functions.table(batch)
+    leaf = None if table is None else table.detach().requires_grad_()
+    loss, _ = functions.loss_of(batch, leaf)
     loss.backward()
+    if table is not None:
+        assert leaf is not None
+        table.backward(leaf.grad)
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert found.keys() == dict(model.named_parameters()).keys()
     return loss.detach(), found
@@ -41,9 +47,9 @@ def gradients(loss_of, *, batch, model):
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_unique_ids_equal_positions_in_loss_and_every_gradient(name, batch):
     model = random_model(WITH_MEMORY[name])
-    module = BatchLoss(model, z_loss=1e-3)
-    loss, unique = gradients(module, batch=batch, model=model)
-    expected_loss, positions = gradients(module, batch=per_position(batch), model=model)
+    functions = step_functions(model, config=recipe(steps=1, z_loss=1e-3))
+    loss, unique = gradients(functions, batch=batch, model=model)
+    expected_loss, positions = gradients(functions, batch=per_position(batch), model=model)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
     for parameter, gradient in positions.items():
         assert gradient.abs().max() > 0, parameter
@@ -56,13 +62,96 @@ def run_step(model_config: ModelConfig, dataset, *, micro_batch_size: int, **cha
     model = new_model(model_config, seed=0).double()
     batches = SequentialBatches(dataset.train, config=config, max_tokens=128)
     values = take_step(
-        loss_function(model, config=config),
+        step_functions(model, config=config),
         batches=(batches[number] for number in range(len(batches))),
         optimizer=make_optimizer(model, config=config),
         lr=1e-3,
         config=config,
     )
     return model, values
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+def test_rows_once_per_step_give_the_gradients_of_rows_per_micro_batch(name, dataset):
+    """The step-wide form is exact: the loss reaches FFN-M only through the table."""
+    model, config = random_model(WITH_MEMORY[name]), recipe(steps=1, micro_batch_size=1)
+    functions = step_functions(model, config=config)
+
+    def accumulated(batches):
+        model.zero_grad()
+        totals = sum(accumulate(functions, batch, config=config) for batch in batches)
+        return totals, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected_totals, expected = accumulated([dataset.train.batch([window], seq_len=32) for window in (3, 40, 7, 8)])
+    totals, found = accumulated([dataset.train.batch((3, 40, 7, 8), seq_len=32)])
+    torch.testing.assert_close(totals, expected_totals, rtol=1e-6, atol=0)
+    for key, gradient in expected.items():
+        assert gradient is not None
+        assert gradient.abs().max() > 0, key
+        torch.testing.assert_close(found[key], gradient, rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_a_step_computes_each_row_once(dataset, monkeypatch):
+    config = recipe(steps=1, micro_batch_size=1)
+    model = new_model(nano(), seed=0)
+    seen = []
+    compute = model.compute_rows
+    monkeypatch.setattr(model, "compute_rows", lambda token_ids: seen.append(token_ids) or compute(token_ids))
+    steps = ShuffledBatches(dataset.train, config=config, batch_size=4)
+    values = take_step(
+        step_functions(model, config=config),
+        batches=[steps[0]],
+        optimizer=make_optimizer(model, config=config),
+        lr=1e-3,
+        config=config,
+    )
+    (token_ids,) = seen
+    assert token_ids[: values.num_unique].tolist() == sorted(set(steps[0].token_ids.flatten().tolist()))
+    assert (steps.per_step, ShuffledBatches(dataset.train, config=config).per_step) == (1, 4)
+
+
+def test_gradients_of_a_bf16_table_are_summed_in_fp32(dataset):
+    """Of many equal micro-batches, none is lost to rounding: bf16 alone stops adding at 256 times a term."""
+    batch = dataset.train.batch([5], seq_len=32)
+    many = dataclasses.replace(
+        batch,
+        token_ids=batch.token_ids.expand(1024, -1),
+        targets=batch.targets.expand(1024, -1),
+        index=batch.index.expand(1024, -1),
+    )
+    found = []
+    for sequences, part in ((1, batch), (1024, many)):
+        config = recipe(
+            steps=1, batch_tokens=32 * sequences, total_tokens=32 * 1024, micro_batch_size=1, precision="bf16"
+        )
+        model = new_model(nano("memory", num_layers=1), seed=0)
+        accumulate(step_functions(model, config=config), part, config=config)
+        found.append(model.get_parameter("blocks.0.memory.ffn.down.weight").grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["memory", "flex1"])
+def test_the_estimate_of_memory_covers_what_is_kept(name, caplog):
+    caplog.set_level("INFO")
+    model = new_model(nano(name), seed=0)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        table = model.compute_rows(torch.arange(300))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+    needed = row_training_bytes(model.config, num_unique=300, bytes_per_number=4)
+    gradients = 2 * table.nbytes  # the table's gradient and their sum
+    assert 0.75 * needed < activations + table.nbytes + gradients <= needed
+    config = recipe(steps=1)
+    assert rows_fit(model, config=config, num_unique=300, free_bytes=2 * needed + 2)
+    assert "computed once per step" in caplog.text
+    assert not rows_fit(model, config=config, num_unique=300, free_bytes=2 * needed)
+    assert "computed once per micro-batch" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["base", "memory", "flex3"])
@@ -93,17 +182,17 @@ def test_evaluation_weighs_positions_equally(dataset):
     batches = SequentialBatches(dataset.validation, config=config, max_tokens=5 * 32)
     numbered = [batches[number] for number in range(len(batches))]
     assert [len(batch.token_ids) for batch in numbered] == [2, 2, 1]
-    loss_of = loss_function(model, config=config)
-    value = evaluate(loss_of, batches=numbered, device=CPU)
+    functions = step_functions(model, config=config)
+    value = evaluate(functions, batches=numbered, device=CPU)
     whole = dataset.validation.batch(range(5), seq_len=32)
-    assert value == pytest.approx(loss_of(whole)[1].item(), rel=1e-6)
+    assert value == pytest.approx(functions.loss_of(whole, functions.table(whole))[1].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["base", "memory", "flex3"])
 def test_bf16_is_fp32_but_for_rounding_and_gradients_stay_fp32(name, batch):
     model = new_model(nano(name), seed=0)
-    exact, expected = gradients(loss_function(model, config=recipe(steps=1)), batch=batch, model=model)
-    rounded = loss_function(model, config=recipe(steps=1, precision="bf16"))
+    exact, expected = gradients(step_functions(model, config=recipe(steps=1)), batch=batch, model=model)
+    rounded = step_functions(model, config=recipe(steps=1, precision="bf16"))
     loss, found = gradients(rounded, batch=batch, model=model)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
     assert loss.item() != exact.item()
@@ -118,8 +207,8 @@ def test_bf16_is_fp32_but_for_rounding_and_gradients_stay_fp32(name, batch):
 def test_compiled_equals_eager(name, precision, dataset):
     model = new_model(nano(name, num_layers=1), seed=0)
     config = recipe(steps=1, precision=precision)
-    eager = loss_function(model, config=config)
-    compiled = loss_function(model, config=dataclasses.replace(config, compile="on"))
+    eager = step_functions(model, config=config)
+    compiled = step_functions(model, config=dataclasses.replace(config, compile="on"))
     for windows in (range(2), range(12)):  # another number of unique ids
         batch = dataset.train.batch(windows, seq_len=32)
         expected_loss, expected = gradients(eager, batch=batch, model=model)
@@ -130,4 +219,5 @@ def test_compiled_equals_eager(name, precision, dataset):
             error = (gradient - expected[key]).norm() / expected[key].norm()
             assert error < tolerance, (key, error)
     with torch.no_grad():
-        assert compiled(batch)[1].item() == pytest.approx(eager(batch)[1].item(), rel=tolerance / 10)
+        values = [functions.loss_of(batch, functions.table(batch))[1].item() for functions in (eager, compiled)]
+    assert values[1] == pytest.approx(values[0], rel=tolerance / 10)

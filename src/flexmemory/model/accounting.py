@@ -95,6 +95,17 @@ def row_numbers(config: ModelConfig) -> int:
     return config.num_layers * config.hidden_size if config.has_memory else 0
 
 
+def row_training_bytes(config: ModelConfig, *, num_unique: int, bytes_per_number: int) -> int:
+    """Memory that training holds for the rows of `num_unique` ids computed at once: an estimate, eager mode's.
+
+    A layer keeps for its backward pass the embedding before and after its norm, gate, up, SiLU of the gate and their
+    product, and makes a row; the table is a copy of the rows, with a gradient in the same dtype and a sum of gradients
+    in fp32.
+    """
+    d, cells = config.hidden_size, config.intermediate_size
+    return num_unique * config.num_layers * ((5 * d + 4 * cells) * bytes_per_number + 4 * d)
+
+
 def kv_cache_bytes(config: ModelConfig, *, context: int, bytes_per_number: int) -> int:
     """Bytes of keys and values of one sequence of `context` tokens."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_size * context * bytes_per_number

@@ -32,7 +32,6 @@ from flexmemory.tokenizer import Tokenizer
 FORMAT = "flexmemory-tokens"
 FORMAT_VERSION = 1
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_UNIQUE_BUCKETS = 32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,6 +61,12 @@ class Batch:
         PyTorch's pinned-memory allocator does not reuse a block before copies from it are done.
         """
         return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def split(self, batch_size: int) -> Iterator[Batch]:
+        """The batch in parts of `batch_size` sequences, which share its unique ids."""
+        parts = (tensor.split(batch_size) for tensor in (self.token_ids, self.targets, self.index))
+        for token_ids, targets, index in zip(*parts, strict=True):
+            yield Batch(token_ids, targets, self.unique_ids, index)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(*map(function, (self.token_ids, self.targets, self.unique_ids, self.index)))
@@ -112,7 +117,7 @@ class TokenStream:
         token_ids, targets = tokens[:, :-1], tokens[:, 1:]
         unique, index = np.unique(token_ids, return_inverse=True)
         # Few distinct lengths, so that torch.compile sees few shapes and kernels see sizes they like.
-        bucket = 64 * -(-min(token_ids.size, self.vocab_size) // (64 * _UNIQUE_BUCKETS))
+        bucket = 64 * max(1, token_ids.size // 16_384)
         unique = np.pad(unique, (0, -len(unique) % bucket), mode="edge")
         arrays = (token_ids, targets, unique, index.reshape(token_ids.shape))
         return Batch(*(torch.from_numpy(array).contiguous() for array in arrays))
@@ -204,19 +209,20 @@ class Batches(Protocol):
 
 
 class ShuffledBatches:
-    """Training micro-batches without end: every window once an epoch, in an order of its own each epoch.
+    """Training batches without end: every window once an epoch, in an order of its own each epoch.
 
     Batch n holds sequences n B to n B + B - 1 of the run, whatever was read before it.
     """
 
-    def __init__(self, tokens: TokenStream, *, config: TrainConfig) -> None:
-        """Cut `tokens` as `config` says.
+    def __init__(self, tokens: TokenStream, *, config: TrainConfig, batch_size: int | None = None) -> None:
+        """Cut `tokens` as `config` says, into batches of `batch_size` sequences (by default micro-batches).
 
         Raises:
             ValueError: there are fewer tokens than one sequence needs.
         """
         self._tokens = tokens
         self._config = config
+        self._batch_size = config.micro_batch_size if batch_size is None else batch_size
         self._num_windows = tokens.num_windows(config.seq_len)
         if self._num_windows == 0:
             raise ValueError(
@@ -227,10 +233,15 @@ class ShuffledBatches:
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def __getitem__(self, number: int, /) -> Batch:
-        """Micro-batch `number`, counted from the start of the run."""
-        size = self._config.micro_batch_size
+        """Batch `number`, counted from the start of the run."""
+        size = self._batch_size
         windows = [self._window(sequence) for sequence in range(number * size, (number + 1) * size)]
         return self._tokens.batch(windows, seq_len=self._config.seq_len)
+
+    @property
+    def per_step(self) -> int:
+        """Batches in an optimizer step."""
+        return self._config.batch_tokens // (self._batch_size * self._config.seq_len)
 
     def _window(self, sequence: int) -> int:
         epoch, position = divmod(sequence, self._num_windows)

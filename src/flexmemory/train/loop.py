@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flexmemory.config import ModelConfig, TrainConfig, from_dict, to_dict
-from flexmemory.device import resolve_device
+from flexmemory.device import free_memory, resolve_device
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.init import new_model
 from flexmemory.provenance import provenance
@@ -38,7 +38,7 @@ from flexmemory.train.metrics import Meter, append_line, can_plot, drop_after, p
 from flexmemory.train.optimizer import make_optimizer
 from flexmemory.train.sample import sample_text
 from flexmemory.train.schedule import learning_rate
-from flexmemory.train.step import evaluate, loss_function, take_step
+from flexmemory.train.step import evaluate, rows_fit, step_functions, take_step
 from flexmemory.train.stop import StopSignal
 
 SAMPLE_TOKENS = 128
@@ -134,11 +134,11 @@ class _Run:
         self.out = out
         self.device = device
         self.tokenizer = dataset.tokenizer()
-        self.train_batches = ShuffledBatches(dataset.train, config=train_config)
         self.val_batches = _validation_batches(dataset, config=train_config)
         self.model = new_model(model_config, seed=train_config.seed, device=device)
         self.optimizer = make_optimizer(self.model, config=train_config)
-        self.loss_of = loss_function(self.model, config=train_config)
+        self.functions = step_functions(self.model, config=train_config)
+        self.train_batches = self._train_batches()
         self.meter = Meter(margin=train_config.divergence_margin)
         self.plots = can_plot()
         self.step = 0
@@ -146,6 +146,19 @@ class _Run:
         self.checkpoint: Path | None = None
         self.busy_s = self.waited_s = 0.0
         self.timed_steps = 0
+
+    def _train_batches(self) -> ShuffledBatches:
+        """Batches whose sequences share a table of rows: whole steps, or micro-batches."""
+        config, tokens = self.config, self.dataset.train
+        micro_batches = ShuffledBatches(tokens, config=config)
+        if config.rows_per == "micro-batch" or config.micro_steps == 1 or not self.model.config.has_memory:
+            return micro_batches
+        steps = ShuffledBatches(tokens, config=config, batch_size=config.batch_tokens // config.seq_len)
+        if config.rows_per == "auto":
+            num_unique, free_bytes = len(steps[0].unique_ids), free_memory(self.device)
+            if not rows_fit(self.model, config=config, num_unique=num_unique, free_bytes=free_bytes):
+                return micro_batches
+        return steps
 
     def start(self, checkpoint: Checkpoint | None) -> None:
         """Make the run folder what it was at `checkpoint`, or empty, and load it."""
@@ -162,8 +175,8 @@ class _Run:
 
     def train(self) -> TrainResult:
         """Take the remaining steps."""
-        total, micro_steps = self.config.total_steps, self.config.micro_steps
-        numbers = range(self.step * micro_steps, total * micro_steps)
+        total, per_step = self.config.total_steps, self.train_batches.per_step
+        numbers = range(self.step * per_step, total * per_step)
         with (
             StopSignal() as stop,
             Prefetcher(self.train_batches, numbers=numbers, pin_memory=self.device.type == "cuda") as batches,
@@ -201,8 +214,8 @@ class _Run:
         started = time.perf_counter()
         config = self.config
         values = take_step(
-            self.loss_of,
-            batches=islice(batches, config.micro_steps),
+            self.functions,
+            batches=islice(batches, self.train_batches.per_step),
             optimizer=self.optimizer,
             lr=learning_rate(self.step + 1, config=config),
             config=config,
@@ -238,7 +251,7 @@ class _Run:
         if self.val_batches is not None:
             numbers, pin_memory = range(len(self.val_batches)), self.device.type == "cuda"
             with Prefetcher(self.val_batches, numbers=numbers, pin_memory=pin_memory) as batches:
-                self.val_loss = evaluate(self.loss_of, batches=batches, device=self.device)
+                self.val_loss = evaluate(self.functions, batches=batches, device=self.device)
             ppl = math.exp(self.val_loss)
             append_line(self.out / "metrics.jsonl", {**now, "val_loss": self.val_loss, "val_ppl": ppl})
             logger.info("step %d: validation loss %.4f, perplexity %.2f", self.step, self.val_loss, ppl)
