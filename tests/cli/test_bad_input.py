@@ -70,7 +70,7 @@ def test_fewer_tokens_than_one_sequence(tmp_path, refused):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"\x00\x01binary", "binary"), (b"caf\xe9 in Latin-1, not UTF-8", "UTF-8")],
+    [(b"", "is empty"), (b"\x00\x01binary", "binary"), ("Größe in Latin-1".encode("latin-1"), "UTF-8")],
 )
 def test_text_that_is_none(tmp_path, refused, content, message):
     path = tmp_path / "bad.txt"
