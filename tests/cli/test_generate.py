@@ -28,7 +28,7 @@ def test_every_source_of_rows_writes_the_same(generate, exact_store, sampling):
         assert generate("--tol", exact_store, "--rows", place, *sampling) == computed
 
 
-def test_memory_weights_are_not_loaded(walkthrough, exact_store, capfd, caplog):
+def test_memory_weights_are_not_loaded(walkthrough, exact_store, caplog):
     caplog.set_level("INFO")
     counts = count_parameters(Checkpoint.open(walkthrough / "runs/flex3").config)
     for options, resident in (((), counts.total), (("--tol", exact_store), counts.resident)):
