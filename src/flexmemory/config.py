@@ -107,15 +107,22 @@ class TrainConfig:
     """Tokens per training sequence."""
     micro_batch_size: int = 8
     """Sequences per forward pass; gradients accumulate up to `batch_tokens`."""
-    rows_per: Literal["auto", "step", "micro-batch"] = "auto"
-    """Compute memory rows once per unique id of the optimizer step, or of each micro-batch. `auto` is the step, which
-    is less work, where an estimate of the memory that takes fits what is free."""
+    rows_per: Literal["auto", "job", "step", "micro-batch"] = "auto"
+    """Compute memory rows once per unique id of the optimizer step in all processes together (`job`), of a process's
+    share of the step, or of each micro-batch. `auto` is the step where an estimate of the memory that takes fits what
+    is free, and the job where exchanging rows is measured to take less time than it saves."""
     lr: float = 1e-4
     """Peak learning rate."""
     lr_final: float = 1e-5
     """Learning rate at the end of the cosine."""
     warmup_steps: int = 5000
     """Steps of linear warm-up."""
+    embedding_lr: float = 1.0
+    """Learning rate of the input embedding and a head tied to it, as a multiple."""
+    memory_lr: float = 1.0
+    """Learning rate of FFN-M's matrices, as a multiple."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all, or Muon for the matrices of attention and FFNs and AdamW for the rest."""
     beta1: float = 0.9
     """AdamW first moment decay."""
     beta2: float = 0.95
@@ -150,7 +157,16 @@ class TrainConfig:
         _check_literals(self)
         for name in ("total_tokens", "batch_tokens", "seq_len", "micro_batch_size", "log_every", "eval_every"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("eval_tokens", "save_every", "keep_checkpoints", "clip_norm", "lr", "divergence_margin"):
+        for name in (
+            "eval_tokens",
+            "save_every",
+            "keep_checkpoints",
+            "clip_norm",
+            "lr",
+            "embedding_lr",
+            "memory_lr",
+            "divergence_margin",
+        ):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "z_loss", "lr_final", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")

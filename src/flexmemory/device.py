@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
+import statistics
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -30,3 +34,25 @@ def free_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):  # not Linux, or a very old one
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has had in use on `device` so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def matmul_rate(device: torch.device, *, bf16: bool) -> float:
+    """Floating-point operations a second of a large matrix product, measured now: the ceiling that MFU refers to."""
+    size, repeats = (8192, 8) if device.type == "cuda" else (1024, 3)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from flexmemory.config import ModelConfig, TrainConfig
 from flexmemory.presets import get_preset
@@ -14,6 +16,17 @@ from flexmemory.tokenizer import Tokenizer
 from flexmemory.train.data import TokenDataset
 
 VOCAB_SIZE = 320
+OPTIMIZER_FILE = "optimizer/shard-00001-model-00001-of-00001.safetensors"
+"""What one process writes of the optimizer's state."""
+
+
+def assert_same_state(checkpoint: Path, expected: Path) -> None:
+    """Weights and optimizer of two training checkpoints of one process are equal bit for bit."""
+    assert (checkpoint / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    found, state = (load_file(folder / OPTIMIZER_FILE) for folder in (checkpoint, expected))
+    assert found.keys() == state.keys()
+    for name, tensor in found.items():  # the file itself has a header without a fixed order
+        assert torch.equal(tensor, state[name]), name
 
 
 def structured_text(*, sentences: int, seed: int) -> list[str]:

@@ -14,11 +14,11 @@ from flexmemory.train.checkpoint import (
     list_checkpoints,
     newest_whole,
     read_state,
-    restore,
+    restore_optimizer,
     save_training,
 )
-from flexmemory.train.optimizer import make_optimizer, optimizer_tensors
-from tests.train.conftest import nano, recipe
+from flexmemory.train.optimizer import Optimizer
+from tests.train.conftest import OPTIMIZER_FILE, nano, recipe
 
 CONFIG = recipe(steps=20, keep_checkpoints=2)
 
@@ -27,10 +27,10 @@ CONFIG = recipe(steps=20, keep_checkpoints=2)
 def trained():
     """A model and its optimizer after one step."""
     model = new_model(nano("flex2"), seed=0)
-    optimizer = make_optimizer(model, config=CONFIG)
+    optimizer = Optimizer(model, config=CONFIG)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    optimizer.step(lr=1e-3, clip_norm=1.0)
     return model, optimizer
 
 
@@ -51,12 +51,13 @@ def test_restores_every_bit(tmp_path, trained, tokenizer):
     assert read_state(checkpoint) == state(7)
     assert checkpoint.tokenizer().fingerprint == tokenizer.fingerprint
     model = new_model(nano("flex2"), seed=3)
-    optimizer = make_optimizer(model, config=CONFIG)
-    restore(checkpoint, model=model, optimizer=optimizer)
+    optimizer = Optimizer(model, config=CONFIG)
+    restore_optimizer(checkpoint, optimizer)
+    loaded = checkpoint.load()
     for name, parameter in trained[0].named_parameters():
-        assert torch.equal(model.get_parameter(name), parameter), name
-    expected = optimizer_tensors(trained[1])
-    for name, tensor in optimizer_tensors(optimizer).items():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    expected = trained[1].tensors()
+    for name, tensor in optimizer.tensors().items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -91,9 +92,7 @@ def test_partials_are_ignored_and_cleaned(tmp_path, trained, tokenizer):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "training.json", "config.json", "manifest.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", OPTIMIZER_FILE, "training.json", "config.json", "manifest.json"])
 def test_damage_names_the_last_good_checkpoint(tmp_path, trained, tokenizer, name):
     good, bad = (save(tmp_path, trained, tokenizer, step=step) for step in (1, 2))
     content = bytearray((bad / name).read_bytes())
@@ -112,7 +111,7 @@ def test_no_good_checkpoint(tmp_path, trained, tokenizer):
     with pytest.raises(FileNotFoundError, match="has no checkpoint to resume from; leave out --resume"):
         newest_whole(tmp_path)
     for step in (1, 2):
-        (save(tmp_path, trained, tokenizer, step=step) / "optimizer.safetensors").write_bytes(b"short")
+        (save(tmp_path, trained, tokenizer, step=step) / OPTIMIZER_FILE).write_bytes(b"short")
     with pytest.raises(ValueError, match=r"step-00000002 is incomplete.*no earlier checkpoint is whole"):
         newest_whole(tmp_path)
 

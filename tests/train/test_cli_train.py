@@ -16,6 +16,7 @@ from flexmemory.storage import read_json
 from flexmemory.train import loop
 from flexmemory.train.checkpoint import list_checkpoints, newest_whole
 from flexmemory.train.metrics import read_lines
+from tests.train.conftest import assert_same_state
 
 SMALL = shlex.split(
     "--batch-tokens 128 --seq-len 32 --micro-batch-size 2 --log-every 1 --eval-every 100 --eval-tokens 64 "
@@ -140,7 +141,7 @@ def test_a_terminated_process_saves_and_says_how_to_go_on(prepared, tmp_path):
 
 
 def assert_same_weights(run, expected):
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", OPTIMIZER_FILE):
         path = f"checkpoints/step-00000012/{name}"
         assert (run / path).read_bytes() == (expected / path).read_bytes(), name
 
@@ -166,9 +167,7 @@ def test_a_process_killed_while_saving_loses_nothing_saved(prepared, tmp_path):
     assert main(arguments(prepared, out, "--resume")) == 0
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000010", "step-00000012"}
     assert main(arguments(prepared, tmp_path / "whole")) == 0
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        path = f"checkpoints/step-00000012/{name}"
-        assert (out / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), name
+    assert_same_state(*(run / "checkpoints" / "step-00000012" for run in (out, tmp_path / "whole")))
 
 
 @pytest.fixture

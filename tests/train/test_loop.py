@@ -11,12 +11,13 @@ import signal
 import numpy as np
 import pytest
 
+from flexmemory.model.accounting import train_flops_per_token
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.storage import read_json
 from flexmemory.train import loop
 from flexmemory.train.loop import train
 from flexmemory.train.metrics import read_lines
-from tests.train.conftest import encode, nano, recipe, structured_text, write_prepared
+from tests.train.conftest import assert_same_state, encode, nano, recipe, structured_text, write_prepared
 
 MODELS = {
     "base": nano("base"),
@@ -43,16 +44,20 @@ def plots():
 def metrics(run):
     """Metric lines without what depends on the clock."""
     lines = read_lines(run / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "data_wait_s")} for line in lines]
+    timed = ("tokens_per_s", "mfu", "memory_peak_gb")
+    return [{k: v for k, v in line.items() if not k.endswith("_s") and k not in timed} for line in lines]
 
 
 def assert_same_run(run, expected):
     """Weights, optimizer state, training state, metrics and samples are equal bit for bit."""
     assert metrics(run) == metrics(expected)
     assert (run / "samples.jsonl").read_bytes() == (expected / "samples.jsonl").read_bytes()
-    for name in ("model.safetensors", "optimizer.safetensors", "training.json"):
-        path = f"checkpoints/step-00000020/{name}"
-        assert (run / path).read_bytes() == (expected / path).read_bytes(), name
+    ends = [folder / "checkpoints" / "step-00000020" for folder in (run, expected)]
+    assert_same_state(*ends)
+    states = [read_json(end / "training.json") for end in ends]
+    for state in states:
+        del state["train_s"], state["logged_s"]
+    assert states[0] == states[1]
 
 
 def raise_at(monkeypatch, step, *signals):
@@ -130,8 +135,16 @@ def test_run_folder(tmp_path, prepared, dataset, plots):
         (4, False), (8, False), (10, True), (12, False), (12, True),
     ]  # fmt: skip
     assert lines[3].keys() == {
-        "step", "tokens", "loss", "ce", "lr", "grad_norm", "tokens_per_s", "data_wait_s", "unique_share",
+        "step", "tokens", "train_s", "flops", "loss", "ce", "lr", "grad_norm", "grad_norm_embedding", "grad_norm_norm",
+        "grad_norm_attention", "grad_norm_memory", "unique_share", "tokens_per_s", "mfu", "memory_peak_gb",
+        "data_wait_s", "rows_s", "backbone_s", "head_s", "optimizer_s",
     }  # fmt: skip
+    seconds = [lines[3][f"{part}_s"] for part in ("rows", "backbone", "head", "optimizer")]
+    assert min(seconds) > 0
+    assert sum(seconds) == pytest.approx(128 / lines[3]["tokens_per_s"], rel=0.3)  # of a step, with little beside it
+    assert lines[3]["train_s"] > lines[0]["train_s"] > 0
+    flops = [train_flops_per_token(nano(), unique_share=line["unique_share"], seq_len=32) for line in lines[:2]]
+    assert lines[1]["flops"] == pytest.approx(4 * 128 * sum(flops))
     assert lines[3]["tokens"] == 12 * 128
     assert lines[3]["lr"] == recipe(steps=12).lr_final
     assert lines[4]["val_ppl"] == math.exp(lines[4]["val_loss"])

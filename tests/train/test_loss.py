@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexmemory.train.loss import next_token_loss
+from flexmemory.train.loss import head_loss, logits_loss_and_gradient, next_token_loss
 
 
 def naive(logits, targets, *, z_loss):
@@ -42,3 +42,63 @@ def test_huge_logits_stay_finite():
     logits = torch.full((1, 1, 3), 1e4)
     loss, entropy = next_token_loss(logits, torch.tensor([[1]]), z_loss=0.0)
     assert entropy.item() == loss.item() == pytest.approx(1.0986, abs=1e-3)
+
+
+def head_inputs(dtype=torch.float64, *, sequences=2, vocab_size=37):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(sequences, 5, 16, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocab_size, 16, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocab_size, (sequences, 5), generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+@pytest.mark.parametrize("positions", [1, 4, 10, 100])
+@pytest.mark.parametrize("share", [1.0, 1 / 3])
+def test_the_chunked_head_equals_whole_logits_with_gradients(positions, share):
+    """For chunks that divide the 10 positions, do not, or hold them all."""
+    hidden, weight, targets = head_inputs()
+    logits_bytes = positions * len(weight) * 8
+    loss, entropy = head_loss(hidden, weight, targets, z_loss=0.01, share=share, logits_bytes=logits_bytes)
+    expected = [share * value for value in next_token_loss(hidden @ weight.T, targets, z_loss=0.01)]
+    torch.testing.assert_close([loss, entropy], expected, rtol=1e-12, atol=0)
+    assert not entropy.requires_grad
+    gradients = torch.autograd.grad(loss * 7, (hidden, weight))
+    expected_gradients = torch.autograd.grad(expected[0] * 7, (hidden, weight))
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-14)
+
+
+def test_chunks_bound_the_logits_held():
+    hidden, weight, targets = head_inputs(sequences=8)
+    seen = []
+
+    def spy(logits, *arguments):
+        seen.append(tuple(logits.shape))
+        return logits_loss_and_gradient(logits, *arguments)
+
+    head_loss(hidden, weight, targets, z_loss=0.0, logits_loss=spy, logits_bytes=16 * 37 * 8)
+    assert seen == [(16, 37), (16, 37), (8, 37)]
+
+
+def test_in_bf16_chunks_are_as_close_to_fp64_as_whole_logits():
+    """The error rule of docs/training.md, with a share that bf16 cannot hold."""
+    *rounded, targets = head_inputs(torch.bfloat16, sequences=64, vocab_size=997)
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in rounded]
+    expected = torch.autograd.grad(
+        next_token_loss(exact_inputs[0] @ exact_inputs[1].T, targets, z_loss=1e-4)[0] / 3, exact_inputs
+    )
+    plain = torch.autograd.grad(next_token_loss(rounded[0] @ rounded[1].T, targets, z_loss=1e-4)[0] / 3, rounded)
+    loss, _ = head_loss(*rounded, targets, z_loss=1e-4, share=1 / 3, logits_bytes=100 * 997 * 2)
+    assert loss.dtype == torch.float32
+    for found, whole, exact in zip(torch.autograd.grad(loss, rounded), plain, expected, strict=True):
+        error, whole_error = ((gradient.double() - exact).norm() / exact.norm() for gradient in (found, whole))
+        assert error <= 2 * whole_error
+
+
+def test_without_gradients_the_chunked_head_makes_none():
+    hidden, weight, targets = head_inputs()
+    with torch.no_grad():
+        loss, entropy = head_loss(hidden, weight, targets, z_loss=0.01)
+    torch.testing.assert_close(
+        (loss, entropy), next_token_loss(hidden.detach() @ weight.detach().T, targets, z_loss=0.01)
+    )
+    assert not loss.requires_grad

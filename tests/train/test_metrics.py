@@ -14,14 +14,14 @@ from flexmemory.train.step import StepValues
 
 def fed(meter, losses, *, first=1, norm=1.0):
     for step, loss in enumerate(losses, start=first):
-        meter.add(step, StepValues(torch.tensor([loss, loss / 2, norm]), 16), step_tokens=64)
+        meter.add(step, StepValues(torch.tensor([loss, loss / 2, norm]), 16))
     return meter
 
 
 def test_means_since_the_last_time():
     meter = fed(Meter(margin=2.0), [4.0, 2.0])
     meter.collect()
-    assert meter.take() == {"loss": 3.0, "ce": 1.5, "grad_norm": 1.0, "unique_share": 0.25}
+    assert meter.take() == {"loss": 3.0, "ce": 1.5, "grad_norm": 1.0, "num_unique": 16.0}
     fed(meter, [1.0]).collect()
     assert meter.take()["loss"] == 1.0
     assert meter.smoothed == pytest.approx(0.9 * (0.9 * 4 + 0.1 * 2) + 0.1 * 1)

@@ -43,11 +43,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
     """Write `model` into the existing `folder` (see `storage.atomic_folder`); the manifest comes last."""
-    state = model.state_dict()
-    if model.config.tie_embeddings:
-        del state["head.weight"]
-    save_tensors(state, folder / WEIGHTS)
-    write_json(folder / "config.json", {"model_type": MODEL_TYPE, **to_dict(model.config)})
+    write_checkpoint(folder, model.config, dict(model.named_parameters()), tokenizer)
+
+
+def write_checkpoint(
+    folder: Path, config: ModelConfig, parameters: dict[str, Tensor], tokenizer: Tokenizer | None
+) -> None:
+    """`save_checkpoint` of a model given by its parameters; a head tied to the embedding is not among them."""
+    save_tensors({name: tensor.detach() for name, tensor in parameters.items()}, folder / WEIGHTS)
+    write_json(folder / "config.json", {"model_type": MODEL_TYPE, **to_dict(config)})
     if tokenizer is not None:
         tokenizer.save(folder)
     seal(folder, tokenizer)
@@ -55,8 +59,11 @@ def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer | Non
 
 def seal(folder: Path, tokenizer: Tokenizer | None) -> None:
     """Write `manifest.json` over all files of `folder`."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in files}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files
+    }
     manifest = {
         "format": "flexmemory-checkpoint",
         "format_version": FORMAT_VERSION,

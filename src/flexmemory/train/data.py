@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -278,7 +278,7 @@ class SequentialBatches:
 class Prefetcher:
     """Iterates over numbered batches, a few prepared ahead by one background thread; a context manager."""
 
-    def __init__(self, batches: Batches, *, numbers: range, pin_memory: bool, depth: int = 4) -> None:
+    def __init__(self, batches: Batches, *, numbers: Iterable[int], pin_memory: bool, depth: int = 4) -> None:
         """Prepare `batches[n]` for n in `numbers`, at most `depth` ahead of the reader."""
         self.wait_s = 0.0
         """Seconds that the reader has waited for batches."""

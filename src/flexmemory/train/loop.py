@@ -1,4 +1,4 @@
-"""The training loop on one device.
+"""The training loop, in one process or many.
 
     RUN/
       config.json      resolved model and recipe, data, device, versions, command line
@@ -8,37 +8,43 @@
       checkpoints/     see train/checkpoint.py
 
 Batches, learning rate and metrics are functions of the step and of what checkpoints hold, so a resumed run is the run
-that was never interrupted.
+that was never interrupted. Under torchrun every process runs all of this on its share of each step's sequences; the
+main process alone writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from flexmemory.config import ModelConfig, TrainConfig, from_dict, to_dict
-from flexmemory.device import free_memory, resolve_device
+from flexmemory.device import free_memory, matmul_rate, peak_memory
+from flexmemory.model.accounting import train_flops_per_token
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.init import new_model
 from flexmemory.provenance import provenance
 from flexmemory.storage import read_json, write_json
 from flexmemory.train import checkpoint as checkpoints
-from flexmemory.train.data import Prefetcher, SequentialBatches, ShuffledBatches, TokenDataset
+from flexmemory.train.data import Batch, Prefetcher, SequentialBatches, ShuffledBatches, TokenDataset
 from flexmemory.train.metrics import Meter, append_line, can_plot, drop_after, plot_losses
-from flexmemory.train.optimizer import make_optimizer
+from flexmemory.train.optimizer import Optimizer
+from flexmemory.train.parallel import World, gathered, join
 from flexmemory.train.sample import sample_text
 from flexmemory.train.schedule import learning_rate
-from flexmemory.train.step import evaluate, rows_fit, step_functions, take_step
+from flexmemory.train.step import evaluate, rows_fit, take_step, training_model, uses_bf16
 from flexmemory.train.stop import StopSignal
 
 SAMPLE_TOKENS = 128
@@ -90,19 +96,38 @@ def train(
         OSError: the run folder cannot be written.
         FloatingPointError: the loss diverged or is not finite; earlier checkpoints are as they were.
     """
-    dataset = TokenDataset.open(data)
-    place = resolve_device(device)
-    _check_fit(model_config, train_config=train_config, dataset=dataset)
-    checkpoint = None
-    if resume:
-        checkpoint = checkpoints.newest_whole(out)
-        _check_same_run(checkpoint, model_config=model_config, train_config=train_config, dataset=dataset)
-    elif found := checkpoints.list_checkpoints(out):
-        raise ValueError(f"{out} already holds a run ({found[-1].name}); add --resume to go on, or use another --out")
-    run = _Run(model_config, train_config=train_config, dataset=dataset, out=out, device=place)
-    run.start(checkpoint)
-    write_json(out / "config.json", _describe(run, argv=argv))
-    return run.train()
+    with join(device) as world, lost_processes_explained(out, world):
+        dataset = TokenDataset.open(data)
+        _check_fit(model_config, train_config=train_config, dataset=dataset, world=world)
+        checkpoint = None
+        if resume:
+            checkpoint = checkpoints.newest_whole(out, world=world)
+            _check_same_run(checkpoint, model_config=model_config, train_config=train_config, dataset=dataset)
+        elif found := checkpoints.list_checkpoints(out):
+            message = f"{out} already holds a run ({found[-1].name}); add --resume to go on, or use another --out"
+            raise ValueError(message)
+        run = _Run(
+            model_config, train_config=train_config, dataset=dataset, out=out, world=world, checkpoint=checkpoint
+        )
+        if world.is_main:
+            write_json(out / "config.json", _describe(run, argv=argv))
+        return run.train()
+
+
+@contextlib.contextmanager
+def lost_processes_explained(out: Path, world: World) -> Iterator[None]:
+    """Turn the error of a broken connection to another process into one that says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
+            raise
+        kept = checkpoints.list_checkpoints(out)
+        advice = (
+            f"run the same command with --resume to go on from {kept[-1]}" if kept else "there is no checkpoint yet"
+        )
+        message = f"process {world.rank} of {world.size} lost another process of the run, which ended; {advice}"
+        raise ConnectionError(message) from error
 
 
 def read_run_config(out: Path) -> tuple[ModelConfig, TrainConfig, list[str]]:
@@ -117,6 +142,15 @@ def read_run_config(out: Path) -> tuple[ModelConfig, TrainConfig, list[str]]:
     return from_dict(ModelConfig, values["model"]), from_dict(TrainConfig, values["train"]), values["argv"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Logged:
+    """Where the last line of metrics was written."""
+
+    step: int = 0
+    train_s: float = 0.0
+    waited_s: float = 0.0
+
+
 class _Run:
     """One run under way: what a step changes, and what it needs."""
 
@@ -127,71 +161,89 @@ class _Run:
         train_config: TrainConfig,
         dataset: TokenDataset,
         out: Path,
-        device: torch.device,
+        world: World,
+        checkpoint: Checkpoint | None,
     ) -> None:
+        """Make the run's folder what it was at `checkpoint`, or empty, and model and optimizer likewise."""
         self.config = train_config
         self.dataset = dataset
         self.out = out
-        self.device = device
+        self.world = world
         self.tokenizer = dataset.tokenizer()
         self.val_batches = _validation_batches(dataset, config=train_config)
-        self.model = new_model(model_config, seed=train_config.seed, device=device)
-        self.optimizer = make_optimizer(self.model, config=train_config)
-        self.functions = step_functions(self.model, config=train_config)
+        self.matmul_rate = matmul_rate(world.device, bf16=uses_bf16(train_config, world.device))
+        model = new_model(model_config, seed=train_config.seed, device=world.device)
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint.load(device=world.device).state_dict())
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.module = training_model(model, config=train_config, world=world)
+        self.optimizer = Optimizer(model, config=train_config, world=world)
         self.train_batches = self._train_batches()
-        self.meter = Meter(margin=train_config.divergence_margin)
-        self.plots = can_plot()
+        self.meter = Meter(margin=train_config.divergence_margin, roles=self.optimizer.roles, world=world)
+        self.plots = world.is_main and can_plot()
         self.step = 0
+        self.flops = self.train_s = 0.0
         self.val_loss: float | None = None
         self.checkpoint: Path | None = None
-        self.busy_s = self.waited_s = 0.0
+        self.logged = _Logged()
         self.timed_steps = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if world.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoints.clean_partials(out)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                drop_after(out / name, step=self.step)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoints.read_state(checkpoint)
+        checkpoints.restore_optimizer(checkpoint, self.optimizer)
+        self.meter.restore(state.meter)
+        self.step, self.flops, self.train_s = state.step, state.flops, state.train_s
+        self.checkpoint = checkpoint.path
+        self.logged = _Logged(step=self.step - self.meter.num_steps, train_s=state.logged_s)
+        logger.info("resuming after step %d of %d", self.step, self.config.total_steps)
 
     def _train_batches(self) -> ShuffledBatches:
-        """Batches whose sequences share a table of rows: whole steps, or micro-batches."""
+        """Batches whose sequences share a table of rows: this process's share of a step, or micro-batches."""
         config, tokens = self.config, self.dataset.train
         micro_batches = ShuffledBatches(tokens, config=config)
-        if config.rows_per == "micro-batch" or config.micro_steps == 1 or not self.model.config.has_memory:
+        if config.rows_per == "micro-batch" or self.module.micro_steps == 1 or not self.module.model.config.has_memory:
             return micro_batches
-        steps = ShuffledBatches(tokens, config=config, batch_size=config.batch_tokens // config.seq_len)
+        shares = ShuffledBatches(
+            tokens, config=config, batch_size=config.batch_tokens // config.seq_len // self.world.size
+        )
         if config.rows_per == "auto":
-            num_unique, free_bytes = len(steps[0].unique_ids), free_memory(self.device)
-            if not rows_fit(self.model, config=config, num_unique=num_unique, free_bytes=free_bytes):
+            num_unique, free_bytes = shares[0].num_unique, free_memory(self.world.device)
+            fits = rows_fit(self.module, num_unique=num_unique, free_bytes=free_bytes)
+            if self.world.any(not fits):
                 return micro_batches
-        return steps
-
-    def start(self, checkpoint: Checkpoint | None) -> None:
-        """Make the run folder what it was at `checkpoint`, or empty, and load it."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        checkpoints.clean_partials(self.out)
-        if checkpoint is not None:
-            state = checkpoints.read_state(checkpoint)
-            checkpoints.restore(checkpoint, model=self.model, optimizer=self.optimizer)
-            self.meter.restore(state.meter)
-            self.step, self.checkpoint = state.step, checkpoint.path
-            logger.info("resuming after step %d of %d", self.step, self.config.total_steps)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            drop_after(self.out / name, step=self.step)
+        return shares
 
     def train(self) -> TrainResult:
         """Take the remaining steps."""
         total, per_step = self.config.total_steps, self.train_batches.per_step
-        numbers = range(self.step * per_step, total * per_step)
+        own = per_step // self.world.size
+        numbers = (
+            step * per_step + self.world.rank * own + number
+            for step in range(self.step, total)
+            for number in range(own)
+        )
         with (
             StopSignal() as stop,
-            Prefetcher(self.train_batches, numbers=numbers, pin_memory=self.device.type == "cuda") as batches,
+            Prefetcher(self.train_batches, numbers=numbers, pin_memory=self._on_gpu) as batches,
             logging_redirect_tqdm(),
-            tqdm(total=total, initial=self.step, unit="step", disable=None) as bar,
+            tqdm(total=total, initial=self.step, unit="step", disable=None if self.world.is_main else True) as bar,
         ):
             stopped = False
             while self.step < total and not stopped:
                 try:
-                    self._take_step(batches)
+                    self._take_step(islice(batches, own), num_batches=own)
                     if self._due(self.config.log_every):
                         self._log(batches, bar=bar)
                     if self._due(self.config.eval_every):
                         self._validate()
-                    stopped = stop.number is not None
+                    stopped = self.world.any(stop.number is not None)
                     if stopped or self._due(self.config.save_every):
                         self._save()
                 except FloatingPointError as error:
@@ -204,64 +256,96 @@ class _Run:
             loss=self.meter.smoothed,
             val_loss=self.val_loss,
             checkpoint=self.checkpoint,
-            signal=stop.number if self.step < total else None,
+            signal=(stop.number or signal.SIGTERM) if self.step < total else None,
         )
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.world.device.type == "cuda"
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.total_steps
 
-    def _take_step(self, batches: Prefetcher) -> None:
+    def _take_step(self, batches: Iterable[Batch], *, num_batches: int) -> None:
         started = time.perf_counter()
-        config = self.config
         values = take_step(
-            self.functions,
-            batches=islice(batches, self.train_batches.per_step),
+            self.module,
+            batches=batches,
+            num_batches=num_batches,
             optimizer=self.optimizer,
-            lr=learning_rate(self.step + 1, config=config),
-            config=config,
+            lr=learning_rate(self.step + 1, config=self.config),
         )
         self.step += 1
-        self.meter.add(self.step, values, step_tokens=config.batch_tokens)
-        if any(self._due(every) for every in (config.log_every, config.eval_every, config.save_every)):
-            self.meter.collect()
-        self.busy_s += time.perf_counter() - started
         self.timed_steps += 1
+        self.meter.add(self.step, values)
+        if any(self._due(every) for every in (self.config.log_every, self.config.eval_every, self.config.save_every)):
+            self.meter.collect()
+        self.train_s += time.perf_counter() - started
 
     def _log(self, batches: Prefetcher, *, bar: tqdm) -> None:
         means = self.meter.take()
-        lr = learning_rate(self.step, config=self.config)
-        tokens_per_s = self.timed_steps * self.config.batch_tokens / self.busy_s
+        steps, seconds = self.step - self.logged.step, self.train_s - self.logged.train_s
+        unique_share = means.pop("num_unique") / self.config.batch_tokens
+        flops_per_token = train_flops_per_token(
+            self.module.model.config, unique_share=unique_share, seq_len=self.config.seq_len
+        )
+        tokens_per_s = steps * self.config.batch_tokens / seconds
+        self.flops += steps * self.config.batch_tokens * flops_per_token
+        phases = {f"{name}_s": seconds / self.timed_steps for name, seconds in self._phases().items()}
         values = {
             "step": self.step,
             "tokens": self.step * self.config.batch_tokens,
-            "loss": means["loss"],
-            "ce": means["ce"],
-            "lr": lr,
-            "grad_norm": means["grad_norm"],
+            "train_s": self.train_s,
+            "flops": self.flops,
+            **means,
+            "lr": learning_rate(self.step, config=self.config),
+            "unique_share": unique_share,
             "tokens_per_s": tokens_per_s,
-            "data_wait_s": batches.wait_s - self.waited_s,
-            "unique_share": means["unique_share"],
+            "mfu": tokens_per_s * flops_per_token / (self.matmul_rate * self.world.size),
+            "memory_peak_gb": peak_memory(self.world.device) / 1e9,
+            "data_wait_s": (batches.wait_s - self.logged.waited_s) / self.timed_steps,
+            **phases,
         }
-        append_line(self.out / "metrics.jsonl", values)
-        bar.set_postfix_str(f"loss {means['loss']:.3f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s")
-        self.busy_s, self.timed_steps, self.waited_s = 0.0, 0, batches.wait_s
+        self._write(values)
+        bar.set_postfix_str(f"loss {means['loss']:.3f}, lr {values['lr']:.2e}, {tokens_per_s:,.0f} tokens/s")
+        self.logged = _Logged(step=self.step, train_s=self.train_s, waited_s=batches.wait_s)
+        self.timed_steps = 0
+
+    def _phases(self) -> dict[str, float]:
+        """Seconds since the last line in each part of a step; the head is part of batches, the rest is the backbone."""
+        seconds = self.module.phases.take()
+        return {
+            "rows": seconds.get("rows", 0.0),
+            "backbone": seconds["batches"] - seconds["head"],
+            "head": seconds["head"],
+            "optimizer": seconds["optimizer"],
+        }
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        if self.world.is_main:
+            append_line(self.out / "metrics.jsonl", values)
 
     def _validate(self) -> None:
         now = {"step": self.step, "tokens": self.step * self.config.batch_tokens}
+        now |= {"train_s": self.train_s, "flops": self.flops}
         if self.val_batches is not None:
-            numbers, pin_memory = range(len(self.val_batches)), self.device.type == "cuda"
-            with Prefetcher(self.val_batches, numbers=numbers, pin_memory=pin_memory) as batches:
-                self.val_loss = evaluate(self.functions, batches=batches, device=self.device)
+            count, (rank, size) = len(self.val_batches), (self.world.rank, self.world.size)
+            rounds = -(-count // size)  # every process takes as many: their forward passes belong together
+            numbers = [min(number, count - 1) for number in range(rank, rounds * size, size)]
+            with Prefetcher(self.val_batches, numbers=numbers, pin_memory=self._on_gpu) as batches:
+                self.val_loss = evaluate(self.module, batches, num_counted=len(range(rank, count, size)))
             ppl = math.exp(self.val_loss)
-            append_line(self.out / "metrics.jsonl", {**now, "val_loss": self.val_loss, "val_ppl": ppl})
+            self._write({**now, "val_loss": self.val_loss, "val_ppl": ppl})
             logger.info("step %d: validation loss %.4f, perplexity %.2f", self.step, self.val_loss, ppl)
-        text = sample_text(
-            self.model,
-            tokenizer=self.tokenizer,
-            num_tokens=min(SAMPLE_TOKENS, self.model.config.max_seq_len),
-            seed=self.config.seed,
-        )
-        append_line(self.out / "samples.jsonl", {**now, "text": text})
+        with gathered(self.module), torch.compiler.set_stance("force_eager"):
+            text = sample_text(
+                self.module.model,
+                tokenizer=self.tokenizer,
+                num_tokens=min(SAMPLE_TOKENS, self.module.model.config.max_seq_len),
+                seed=self.config.seed,
+            )
+        if self.world.is_main:
+            append_line(self.out / "samples.jsonl", {"step": now["step"], "tokens": now["tokens"], "text": text})
 
     def _save(self) -> None:
         self.meter.collect()
@@ -270,9 +354,17 @@ class _Run:
             train_config=self.config,
             data_fingerprint=self.dataset.fingerprint,
             meter=self.meter.state(),
+            train_s=self.train_s,
+            logged_s=self.logged.train_s,
+            flops=self.flops,
         )
         self.checkpoint = checkpoints.save_training(
-            self.out, model=self.model, optimizer=self.optimizer, tokenizer=self.tokenizer, state=state
+            self.out,
+            model=self.module.model,
+            optimizer=self.optimizer,
+            tokenizer=self.tokenizer,
+            state=state,
+            world=self.world,
         )
         logger.info("saved %s", self.checkpoint)
         if self.plots:
@@ -292,7 +384,14 @@ def _validation_batches(dataset: TokenDataset, *, config: TrainConfig) -> Sequen
     return SequentialBatches(dataset.validation, config=config, max_tokens=config.eval_tokens)
 
 
-def _check_fit(model_config: ModelConfig, *, train_config: TrainConfig, dataset: TokenDataset) -> None:
+def _check_fit(model_config: ModelConfig, *, train_config: TrainConfig, dataset: TokenDataset, world: World) -> None:
+    tokens = train_config.seq_len * train_config.micro_batch_size * world.size
+    if train_config.batch_tokens % tokens:
+        raise ValueError(
+            f"batch_tokens ({train_config.batch_tokens}) must be a multiple of seq_len * micro_batch_size * processes "
+            f"({train_config.seq_len} * {train_config.micro_batch_size} * {world.size} = {tokens}): change one, or the "
+            "number of processes"
+        )
     if train_config.seq_len > model_config.max_seq_len:
         raise ValueError(
             f"seq_len is {train_config.seq_len}, but the model's max_seq_len is {model_config.max_seq_len}: lower the "
@@ -339,10 +438,13 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, s
 
 def _describe(run: _Run, *, argv: Sequence[str]) -> dict[str, Any]:
     return {
-        "model": to_dict(run.model.config),
+        "model": to_dict(run.module.model.config),
         "train": to_dict(run.config),
         "data": {"path": str(run.dataset.folder.resolve()), "fingerprint": run.dataset.fingerprint},
-        "device": str(run.device),
+        "device": str(run.world.device),
+        "processes": run.world.size,
+        "parameters": run.num_parameters,
+        "matmul_flops_per_s": run.matmul_rate,
         "argv": list(argv),
         "provenance": provenance(),
     }

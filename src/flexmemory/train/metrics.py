@@ -6,13 +6,14 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexmemory.train.parallel import World
 from flexmemory.train.step import StepValues
 
 SMOOTHING = 0.9
@@ -26,39 +27,51 @@ class Meter:
     best.
     """
 
-    def __init__(self, *, margin: float) -> None:
-        """A meter that has seen no step."""
+    def __init__(self, *, margin: float, roles: Sequence[str] = (), world: World | None = None) -> None:
+        """A meter that has seen no step; `roles` names the optimizer's groups, `world` who else measures."""
+        self._columns = ("loss", "ce", "grad_norm", *(f"grad_norm_{role}" for role in roles), "num_unique")
+        self._world = world
         self.smoothed: float | None = None
         """Running mean of the loss."""
         self._margin = margin
         self._best = math.inf
-        self._pending: list[tuple[int, Tensor, float]] = []
+        self._pending: list[tuple[int, Tensor]] = []
         self._values: list[list[float]] = []
 
-    def add(self, step: int, values: StepValues, *, step_tokens: int) -> None:
+    def add(self, step: int, values: StepValues) -> None:
         """Note the values of `step`."""
-        self._pending.append((step, values.scalars, values.num_unique / step_tokens))
+        count = torch.full((1,), values.num_unique, dtype=values.scalars.dtype, device=values.scalars.device)
+        self._pending.append((step, torch.cat((values.scalars, count))))
 
     def collect(self) -> None:
-        """Wait for the device and take in what was noted.
+        """Wait for the device and take in what was noted: losses and row counts summed over all processes.
 
         Raises:
             FloatingPointError: a loss or gradient was not finite, or the loss diverged; step and loss are named.
         """
         if not self._pending:
             return
-        steps, scalars, shares = zip(*self._pending, strict=True)
+        steps, scalars = zip(*self._pending, strict=True)
         self._pending = []
-        for step, row, share in zip(steps, torch.stack(scalars).tolist(), shares, strict=True):
+        values = torch.stack(scalars).double()
+        if self._world is not None:
+            own = [0, 1, values.shape[1] - 1]  # gradient norms are the whole run's already
+            values[:, own] = self._world.sum(values[:, own])
+        for step, row in zip(steps, values.tolist(), strict=True):
             self._watch(step, loss=row[0], grad_norm=row[2])
-            self._values.append([*row, share])
+            self._values.append(row)
 
     def take(self) -> dict[str, float]:
         """Means over the steps since the last call."""
         columns = zip(*self._values, strict=True)
         means = [sum(column) / len(self._values) for column in columns]
         self._values = []
-        return dict(zip(("loss", "ce", "grad_norm", "unique_share"), means, strict=True))
+        return dict(zip(self._columns, means, strict=True))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps collected since the last `take`."""
+        return len(self._values)
 
     def _watch(self, step: int, *, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):

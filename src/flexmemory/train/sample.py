@@ -12,10 +12,10 @@ TEMPERATURE = 0.8
 
 
 def sample_text(model: Transformer, *, tokenizer: Tokenizer, num_tokens: int, seed: int) -> str:
-    """The first `num_tokens` of a document by `model`, at temperature 0.8; the same for the same seed and weights."""
+    """The first `num_tokens` of a document by `model`, at temperature 0.8; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    device = model.embedding.weight.device
-    cache = KVCache(model.config, batch_size=1, capacity=num_tokens, device=device)
+    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
+    cache = KVCache(model.config, batch_size=1, capacity=num_tokens, device=device, dtype=dtype)
     token_ids = [tokenizer.boundary_id]
     with torch.no_grad():
         for _ in range(num_tokens):

@@ -1,72 +1,96 @@
-"""One optimizer step on one device.
+"""One optimizer step, in one process or many.
 
 Memory rows depend on the token alone, so they are computed once per unique id, and exactly so for a whole optimizer
-step: its table of rows is computed once and detached, each micro-batch's backward pass adds to the table's gradient,
-and one backward pass through FFN-M follows. That is the gradient of the sum, because the loss reaches FFN-M only
-through the table. Master weights are fp32; for bf16 they are cast inside the step, so that gradients flow back to them
-through the cast.
+step: see train/rows.py. Master weights are fp32; FSDP2 spreads them over the processes and casts them to bf16 once a
+step (train/parallel.py), also on a single GPU. In fp32 in one process nothing is spread or cast.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from flexmemory.config import TrainConfig
 from flexmemory.model.accounting import row_training_bytes
-from flexmemory.model.memory import MemoryRows
-from flexmemory.model.transformer import Transformer
+from flexmemory.model.memory import Rows
+from flexmemory.model.transformer import MemoryBlock, Transformer
 from flexmemory.train.data import Batch
-from flexmemory.train.loss import next_token_loss
+from flexmemory.train.loss import LogitsLoss, head_loss, logits_loss_and_gradient
+from flexmemory.train.optimizer import Optimizer
+from flexmemory.train.parallel import RowExchange, World, set_last_backward, spread
+from flexmemory.train.phases import Phases
+from flexmemory.train.rows import AddRows, TrainedRows, add_rows
 
-Table = Float[Tensor, "U L D"]
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Fastest first (docs/log.md); the first that knows the device and the head's width is taken."""
+KEPT_ROWS = 1.5
+"""Rows whose activations are kept, at most, as a multiple of the positions of a micro-batch."""
 logger = logging.getLogger(__name__)
 
 
-class RowTable(nn.Module):
-    """The rows of a model as a function of its parameters."""
+class TrainingModel(nn.Module):
+    """A model and its loss: what is compiled, spread over processes, and called in a step."""
 
-    def __init__(self, model: Transformer) -> None:
-        """Share the parameters of `model`."""
+    def __init__(self, model: Transformer, *, config: TrainConfig, world: World) -> None:
+        """Share the parameters of `model`; see `training_model`."""
         super().__init__()
         self.model = model
+        self.config = config
+        self.world = world
+        self.phases = Phases(world.device)
+        self.logits_loss: LogitsLoss = logits_loss_and_gradient
+        self.add_rows: AddRows = add_rows
+        self.recomputes = False
+        """Whether FFN-M's activations are computed again in its backward pass."""
 
-    def forward(self, unique_ids: Int[Tensor, " U"]) -> Table:
-        """Rows of each id in every layer."""
+    @property
+    def micro_steps(self) -> int:
+        """Forward passes of this process in an optimizer step."""
+        return self.config.micro_steps // self.world.size
+
+    def compute_rows(self, unique_ids: Tensor) -> Tensor:
+        """Rows (U, L, D) of `unique_ids` (U,)."""
         return self.model.compute_rows(unique_ids)
 
+    def rows(self, batch: Batch) -> TrainedRows | None:
+        """The rows of a batch's unique ids, on the device of the model; None for a dense model."""
+        if not self.model.config.has_memory:
+            return None
+        device, exchange = self.world.device, None
+        if self.config.rows_per == "job" and self.world.size > 1:
+            exchange = RowExchange(batch.unique_ids, world=self.world).to(device)
+        # The dense model keeps its FFN's activations for each position of a micro-batch: keep not many more.
+        self.recomputes = len(batch.unique_ids) > KEPT_ROWS * self.config.micro_batch_size * self.config.seq_len
+        with self.phases.phase("rows"):
+            unique_ids = batch.unique_ids.to(device)
+            return TrainedRows(
+                self.compute_rows, unique_ids, num_unique=batch.num_unique, add=self.add_rows, exchange=exchange
+            )
 
-class BatchLoss(nn.Module):
-    """A model and its loss as a function of parameters and rows."""
-
-    def __init__(self, model: Transformer, *, z_loss: float) -> None:
-        """Share the parameters of `model`."""
-        super().__init__()
-        self.model = model
-        self.z_loss = z_loss
-
-    def forward(self, batch: Batch, table: Table | None) -> tuple[Tensor, Tensor]:
-        """The loss to minimise and the cross entropy in it."""
-        rows = None if table is None else MemoryRows(table, batch.index)
-        return next_token_loss(self.model(batch.token_ids, rows), batch.targets, z_loss=self.z_loss)
-
-
-class StepFunctions(NamedTuple):
-    """What a step computes, in the precision and compiled or not as the run asks."""
-
-    table_of: Callable[[Tensor], Table] | None
-    """From unique ids (U,) to their rows; None for a dense model."""
-    loss_of: Callable[[Batch, Table | None], tuple[Tensor, Tensor]]
-    """From a batch and the rows of its unique ids to the loss to minimise and the cross entropy in it."""
-
-    def table(self, batch: Batch) -> Table | None:
-        """The rows of a batch's unique ids."""
-        return None if self.table_of is None else self.table_of(batch.unique_ids)
+    def forward(self, batch: Batch, rows: Rows | None, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`share` times the loss to minimise, and `share` times the cross entropy in it."""
+        with sdpa_kernel(ATTENTION, set_priority=True):
+            hidden = self.model.hidden_states(batch.token_ids, rows)
+        with self.phases.phase("head"):
+            return head_loss(
+                hidden,
+                self.model.head.weight,
+                batch.targets,
+                z_loss=self.config.z_loss,
+                share=share,
+                logits_loss=self.logits_loss,
+            )
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -74,13 +98,68 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
-def rows_fit(model: Transformer, *, config: TrainConfig, num_unique: int, free_bytes: int) -> bool:
+def training_model(model: Transformer, *, config: TrainConfig, world: World | None = None) -> TrainingModel:
+    """`model` as a run trains it: compiled, in bf16, and spread over `world`, each where the run asks for it.
+
+    Its parameters may be others afterwards: make the optimizer later.
+    """
+    world = world or World(device=model.embedding.weight.device)
+    module = TrainingModel(model, config=config, world=world)
+    if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
+        _compile(module)
+    _recompute_memories(module)
+    bf16 = uses_bf16(config, world.device)
+    if bf16 or world.size > 1:
+        memories = [block.memory for block in model.blocks if isinstance(block, MemoryBlock) and block.memory]
+        spread(
+            module,
+            units=list(model.blocks),
+            brief_units=memories,
+            methods=["compute_rows"],
+            bf16=bf16,
+            world=world,
+        )
+    return module
+
+
+def _compile(module: TrainingModel) -> None:
+    """Compile what blocks, their memories and the loss compute: one graph of each serves all layers."""
+    torch.compiler.reset()  # it counts compilations over all models of a process, and gives up at the eighth
+
+    def compiled(function: Callable[..., Any], *, dynamic: bool | None = None) -> Any:
+        return torch.compile(function, fullgraph=True, dynamic=dynamic)
+
+    for block in module.model.blocks:
+        block.forward = compiled(block.forward)
+        if isinstance(block, MemoryBlock) and block.memory is not None:
+            block.memory.forward = compiled(block.memory.forward, dynamic=True)  # unique ids vary in number
+    module.logits_loss = compiled(logits_loss_and_gradient)
+    module.add_rows = compiled(add_rows, dynamic=True)
+
+
+def _recompute_memories(module: TrainingModel) -> None:
+    """Let memories compute their activations again in the backward pass where `module.recomputes` says so."""
+
+    def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def choose(*inputs: Tensor) -> Any:
+            if not module.recomputes or not torch.is_grad_enabled():
+                return forward(*inputs)
+            return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+        return choose
+
+    for block in module.model.blocks:
+        if isinstance(block, MemoryBlock) and block.memory is not None:
+            block.memory.forward = recomputing(block.memory.forward)
+
+
+def rows_fit(module: TrainingModel, *, num_unique: int, free_bytes: int) -> bool:
     """Whether the rows of `num_unique` ids may be computed at once: by an estimate, and with half of memory kept free.
 
     The other half is for gradients, optimizer state and a micro-batch's activations.
     """
-    number = 2 if uses_bf16(config, model.embedding.weight.device) else 4
-    needed = row_training_bytes(model.config, num_unique=num_unique, bytes_per_number=number)
+    number = 2 if uses_bf16(module.config, module.world.device) else 4
+    needed = row_training_bytes(module.model.config, num_unique=num_unique, bytes_per_number=number)
     fits = needed < free_bytes // 2
     logger.info(
         "rows of %s unique ids a step take about %.2f GB of %.2f GB free: computed once per %s",
@@ -92,91 +171,69 @@ def rows_fit(model: Transformer, *, config: TrainConfig, num_unique: int, free_b
     return fits
 
 
-def step_functions(model: Transformer, *, config: TrainConfig) -> StepFunctions:
-    """The functions of a run's steps for the device that `model` is on."""
-    device = model.embedding.weight.device
-    compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
-    if compiled:
-        torch.compiler.reset()  # it counts compilations over all models of a process, and gives up at the eighth
-
-    def prepared(module: nn.Module, names: Collection[str]) -> Callable[..., Any]:
-        def in_bf16(*inputs: object) -> Any:
-            cast = {name: parameter.bfloat16() for name, parameter in module.named_parameters() if name in names}
-            return torch.func.functional_call(module, cast, inputs)
-
-        function = in_bf16 if uses_bf16(config, device) else module
-        return torch.compile(function, fullgraph=True) if compiled else function
-
-    loss = BatchLoss(model, z_loss=config.z_loss)
-    names = {name for name, _ in loss.named_parameters()}
-    memory = {name for name in names if ".memory." in name}
-    table_of = prepared(RowTable(model), memory | {"model.embedding.weight"}) if memory else None
-    return StepFunctions(table_of, prepared(loss, names - memory))
-
-
 class StepValues(NamedTuple):
     """What a step measured."""
 
     scalars: Tensor
-    """(3,), on the device: loss, cross entropy, gradient norm before clipping."""
+    """On the device: loss and cross entropy of this process's share, then gradient norms before clipping: the whole,
+    and one for each group of the optimizer."""
     num_unique: int
-    """Rows computed, padding apart: distinct ids, summed over the step's tables."""
+    """Rows computed by this process, padding apart: distinct ids, summed over its tables."""
 
 
 def take_step(
-    functions: StepFunctions,
-    *,
-    batches: Iterable[Batch],
-    optimizer: torch.optim.Optimizer,
-    lr: float,
-    config: TrainConfig,
+    module: TrainingModel, *, batches: Iterable[Batch], num_batches: int, optimizer: Optimizer, lr: float
 ) -> StepValues:
-    """Accumulate gradients over the step's `batches`, clip them, update; nothing here waits for the device.
+    """Accumulate gradients over the step's `batches`, clip them, update; nothing here waits for a GPU.
 
-    Each batch has one table of rows; together they hold the step's sequences.
+    Each of the `num_batches` batches has one table of rows; together they are this process's share of the step.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    device = parameters[0].device
-    totals = torch.zeros(2, device=device)
+    totals = torch.zeros(2, device=module.world.device)
     num_unique = 0
-    for batch in batches:
-        num_unique += batch.num_unique
-        totals += accumulate(functions, batch.to(device), config=config)
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return StepValues(torch.cat((totals, norm[None])), num_unique)
+    for number, batch in enumerate(batches, start=1):
+        values, computed = accumulate(module, batch, last=number == num_batches)
+        totals += values
+        num_unique += computed
+    with module.phases.phase("optimizer"):
+        norms = optimizer.step(lr=lr, clip_norm=module.config.clip_norm)
+    return StepValues(torch.cat((totals / module.world.size, norms)), num_unique)
 
 
-def accumulate(functions: StepFunctions, batch: Batch, *, config: TrainConfig) -> Tensor:
-    """Add the gradients of a batch; (2,): its share of the step's loss and cross entropy."""
-    table = functions.table(batch)
-    leaf = None if table is None else table.detach().requires_grad_()
-    gradient = None if table is None else torch.zeros_like(table, dtype=torch.promote_types(table.dtype, torch.float32))
-    totals = torch.zeros(2, device=batch.token_ids.device)
-    for part in batch.split(config.micro_batch_size):
-        loss, cross_entropy = functions.loss_of(part, leaf)
-        (loss / config.micro_steps).backward()
-        totals += torch.stack((loss.detach(), cross_entropy.detach())) / config.micro_steps
-        if leaf is not None:
-            assert gradient is not None
-            assert leaf.grad is not None
-            gradient += leaf.grad
-            leaf.grad = None
-    if table is not None:
-        assert gradient is not None
-        table.backward(gradient.to(table.dtype))
-    return totals
+def accumulate(module: TrainingModel, batch: Batch, *, last: bool = True) -> tuple[Tensor, int]:
+    """Add the gradients of a batch; (2,), its share of this process's loss and cross entropy, and rows computed.
+
+    `last` says that no other batch follows in the step: gradients are summed over processes at its end.
+    """
+    rows = module.rows(batch)
+    there = batch.to(module.world.device)
+    totals = torch.zeros(2, device=module.world.device)
+    parts = list(there.split(module.config.micro_batch_size))
+    for number, part in enumerate(parts, start=1):
+        with module.phases.phase("batches"):
+            set_last_backward(module, last and rows is None and number == len(parts))
+            loss, cross_entropy = module(part, rows and rows.at(part.index), 1 / module.micro_steps)
+            loss.backward()
+        totals += torch.stack((loss.detach(), cross_entropy))
+    if rows is not None:
+        with module.phases.phase("rows"):
+            set_last_backward(module, last)
+            rows.backward()
+    return totals, 0 if rows is None else rows.num_computed
 
 
-def evaluate(functions: StepFunctions, *, batches: Iterable[Batch], device: torch.device) -> float:
-    """Mean cross entropy over all positions of `batches`, in nats, by the compute path of training."""
-    total, positions = torch.zeros((), device=device, dtype=torch.float64), 0
-    with torch.no_grad():
-        for batch in batches:
-            there = batch.to(device)
-            total += functions.loss_of(there, functions.table(there))[1] * batch.token_ids.numel()
-            positions += batch.token_ids.numel()
-    return float(total) / positions
+def evaluate(module: TrainingModel, batches: Iterable[Batch], *, num_counted: int) -> float:
+    """Mean cross entropy over all positions of the batches of all processes, in nats, by the compute path of training.
+
+    Of this process's `batches` the first `num_counted` count; others keep it in step with processes that have more.
+    """
+    totals = torch.zeros(2, device=module.world.device, dtype=torch.float64)
+    with torch.no_grad(), module.phases.paused():
+        for number, batch in enumerate(batches):
+            rows = module.rows(batch)
+            there = batch.to(module.world.device)
+            _, cross_entropy = module(there, rows and rows.at(there.index))
+            if number < num_counted:
+                positions = batch.token_ids.numel()
+                totals += torch.stack((cross_entropy.double() * positions, totals.new_tensor(positions)))
+    total, positions = module.world.sum(totals).tolist()
+    return total / positions

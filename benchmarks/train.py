@@ -1,0 +1,155 @@
+"""Training speed and memory of dense, memory and flex models side by side, as JSON.
+
+    python benchmarks/train.py --data DATA --out benchmarks/results/train.json [--sizes 1b] [--batch-tokens 131072]
+
+Whole optimizer steps as `flexmemory train` takes them, on real text prepared by `flexmemory prepare`: the median of
+several after two to warm up, one model after the other in one process. Weights are random, which changes no speed.
+Beside each rate stand the matrix rate of the device, measured just before, and the model's operations by count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmemory.config import ModelConfig
+from flexmemory.device import matmul_rate, resolve_device
+from flexmemory.model.accounting import train_flops_per_token
+from flexmemory.model.transformer import Transformer
+from flexmemory.presets import get_preset
+from flexmemory.provenance import provenance
+from flexmemory.train.data import Prefetcher, ShuffledBatches, TokenDataset
+from flexmemory.train.optimizer import Optimizer
+from flexmemory.train.parallel import World
+from flexmemory.train.step import StepValues, TrainingModel, take_step, training_model, uses_bf16
+
+WARM_UP = 2
+
+
+def random_model(config: ModelConfig, device: torch.device) -> Transformer:
+    """A model with random weights, made on the device."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device=device)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, 0.02)
+    return model
+
+
+def steps(module: TrainingModel, dataset: TokenDataset, *, count: int) -> Iterator[tuple[StepValues, float]]:
+    """Values and seconds of `count` steps."""
+    config = module.config
+    batch_size = config.micro_batch_size
+    if module.model.config.has_memory and config.rows_per != "micro-batch":
+        batch_size = config.batch_tokens // config.seq_len
+    batches = ShuffledBatches(dataset.train, config=config, batch_size=batch_size)
+    numbers = range(count * batches.per_step)
+    optimizer = Optimizer(module.model, config=config)
+    on_gpu = module.world.device.type == "cuda"
+    with Prefetcher(batches, numbers=numbers, pin_memory=on_gpu) as source:
+        for _ in range(count):
+            started = time.perf_counter()
+            own = (next(source) for _ in range(batches.per_step))
+            values = take_step(module, batches=own, num_batches=batches.per_step, optimizer=optimizer, lr=1e-4)
+            if on_gpu:
+                torch.cuda.synchronize()
+            yield values, time.perf_counter() - started
+
+
+def measure(
+    name: str, *, dataset: TokenDataset, batch_tokens: int, device: torch.device, count: int, rows_per: str
+) -> dict[str, Any]:
+    """Figures of one model at one step size."""
+    preset = get_preset(name)
+    model_config = dataclasses.replace(preset.model, vocab_size=max(dataset.vocab_size, 4096))
+    config = dataclasses.replace(
+        preset.train, batch_tokens=batch_tokens, total_tokens=batch_tokens * 100, rows_per=rows_per, warmup_steps=0
+    )
+    rate = matmul_rate(device, bf16=uses_bf16(config, device))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    module = training_model(random_model(model_config, device), config=config, world=World(device=device))
+    seconds, shares = [], []
+    for number, (values, duration) in enumerate(steps(module, dataset, count=WARM_UP + count)):
+        if number == WARM_UP - 1:
+            module.phases.take()
+        if number >= WARM_UP:
+            seconds.append(duration)
+            shares.append(values.num_unique / batch_tokens)
+    phases = {key: value / count for key, value in module.phases.take().items()}
+    share = statistics.mean(shares)
+    flops = train_flops_per_token(model_config, unique_share=share, seq_len=config.seq_len)
+    tokens_per_s = batch_tokens / statistics.median(seconds)
+    figures = {
+        "model": name,
+        "batch_tokens": batch_tokens,
+        "rows_per": rows_per if model_config.has_memory else None,
+        "tokens_per_s": tokens_per_s,
+        "step_s": seconds,
+        "unique_share": share,
+        "flops_per_token": flops,
+        "matmul_flops_per_s": rate,
+        "mfu": tokens_per_s * flops / rate,
+        "phases_s": phases,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+    del module
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return figures
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", nargs="+", default=["1b"])
+    parser.add_argument("--variants", nargs="+", default=["base", "memory", "flex3"])
+    parser.add_argument("--batch-tokens", nargs="+", type=int, default=[131_072, 524_288])
+    parser.add_argument("--rows-per", default="step", choices=["step", "micro-batch"])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    device, dataset = resolve_device(options.device), TokenDataset.open(options.data)
+    results: dict[str, Any] = {"provenance": provenance(), "runs": []}
+    if options.out.exists():
+        results["runs"] = json.loads(options.out.read_text())["runs"]
+    for size in options.sizes:
+        for batch_tokens in options.batch_tokens:
+            for variant in options.variants:
+                figures = measure(
+                    f"{size}-{variant}",
+                    dataset=dataset,
+                    batch_tokens=batch_tokens,
+                    device=device,
+                    count=options.steps,
+                    rows_per=options.rows_per,
+                )
+                results["runs"].append(figures)
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
+                peak = (figures["peak_memory_bytes"] or 0) / 1e9
+                phases = {key: round(value, 3) for key, value in figures["phases_s"].items()}
+                print(
+                    f"{figures['model']:12} {batch_tokens:8,} a step: {figures['tokens_per_s']:10,.0f} tokens/s, "
+                    f"MFU {figures['mfu']:.3f} of {figures['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s, {peak:.1f} GB, "
+                    f"unique {figures['unique_share']:.3f}, {phases}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
