@@ -1,6 +1,7 @@
 """Batches: every window once an epoch, the same from any start; broken folders are refused."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import threading
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from flexmemory.train.data import Batch, Prefetcher, SequentialBatches, ShuffledBatches, TokenDataset, TokenStream
+from flexmemory.train.data import (
+    Batch,
+    Prefetcher,
+    SequentialBatches,
+    ShuffledBatches,
+    TokenDataset,
+    TokenStream,
+)
 from tests.train.conftest import recipe, write_prepared
 
 
@@ -39,6 +47,17 @@ def test_batch_holds_windows_targets_and_unique_ids():
     assert batch.num_unique == 18
     assert torch.equal(batch.unique_ids[: batch.num_unique], batch.token_ids.unique())
     assert {tensor.dtype for tensor in (batch.token_ids, batch.targets, batch.unique_ids, batch.index)} == {torch.int64}
+
+
+@pytest.mark.parametrize("highest", [1, 50, 4999])
+def test_unique_ids_are_those_of_a_sort(highest):
+    tokens = np.random.default_rng(0).integers(highest, size=(4, 65))
+    tokens[0, 0], tokens[-1, -1] = highest, highest  # of the vocabulary the last; of all tokens the last
+    batch = Batch.of(list(tokens), vocab_size=highest + 1)
+    unique, index = np.unique(tokens[:, :-1], return_inverse=True)
+    assert np.array_equal(batch.unique_ids[: batch.num_unique], unique)
+    assert np.array_equal(batch.index, index.reshape(4, 64))
+    assert all(tensor.is_contiguous() for tensor in (batch.token_ids, batch.targets, batch.unique_ids, batch.index))
 
 
 def test_padding_repeats_an_id_that_is_never_indexed():
@@ -130,6 +149,12 @@ def test_prefetcher_gives_every_batch_in_order_and_stays_bounded():
             assert max(source.asked) <= number + 2
         assert next(batches, None) is None
         assert batches.wait_s > 0
+
+
+def test_prefetcher_takes_numbers_in_any_order_and_without_end():
+    source = Numbered()
+    with Prefetcher(source, numbers=itertools.cycle([5, 2]), pin_memory=False) as batches:
+        assert [next(batches).token_ids[0, 0].item() // 8 for _ in range(5)] == [5, 2, 5, 2, 5]
 
 
 def test_prefetcher_passes_errors_on_and_ends_its_thread():

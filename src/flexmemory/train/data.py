@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -45,6 +45,20 @@ class Batch:
     """Sorted; padded by repeats of the last id, which `index` never names."""
     index: Int[Tensor, "B T"]
     """Positions in `unique_ids`."""
+
+    @classmethod
+    def of(cls, windows: Sequence[NDArray[np.int64]], *, vocab_size: int) -> Batch:
+        """Windows of T + 1 ids below `vocab_size` as a batch."""
+        tokens = np.stack(windows)  # (B, T+1)
+        token_ids, targets = tokens[:, :-1], tokens[:, 1:]
+        present = np.zeros(vocab_size, dtype=np.bool_)  # flags instead of np.unique, which sorts
+        present[token_ids] = True
+        unique = np.flatnonzero(present)
+        index = (np.cumsum(present) - 1)[token_ids]
+        # Few distinct lengths, so that torch.compile sees few shapes and kernels see sizes they like.
+        bucket = 64 * max(1, token_ids.size // 16_384)
+        unique = np.pad(unique, (0, -len(unique) % bucket), mode="edge")
+        return cls(*(torch.from_numpy(array).contiguous() for array in (token_ids, targets, unique, index)))
 
     @property
     def num_unique(self) -> int:
@@ -100,27 +114,25 @@ class TokenStream:
             piece = shard[start - self._ends[number] + len(shard) :][:length]
             pieces.append(piece.astype(np.int64))
             start, length, number = start + len(piece), length - len(piece), number + 1
-        return np.concatenate(pieces)
+        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
-    def batch(self, windows: Sequence[int], *, seq_len: int) -> Batch:
-        """Windows of `seq_len + 1` tokens as a batch; window w starts at token `w * seq_len`.
+    def window(self, number: int, *, seq_len: int) -> NDArray[np.int64]:
+        """Window `number` of `seq_len + 1` tokens: it starts at token `number * seq_len`.
 
         Raises:
-            ValueError: a shard holds an id outside the vocabulary.
+            ValueError: it holds an id outside the vocabulary.
         """
-        tokens = np.stack([self.read(window * seq_len, seq_len + 1) for window in windows])  # (B, T+1)
+        tokens = self.read(number * seq_len, seq_len + 1)
         if tokens.max() >= self.vocab_size:
             raise ValueError(
                 f"the data holds token id {tokens.max()}, but its vocabulary has {self.vocab_size} ids: a shard is "
                 "damaged, prepare the data again"
             )
-        token_ids, targets = tokens[:, :-1], tokens[:, 1:]
-        unique, index = np.unique(token_ids, return_inverse=True)
-        # Few distinct lengths, so that torch.compile sees few shapes and kernels see sizes they like.
-        bucket = 64 * max(1, token_ids.size // 16_384)
-        unique = np.pad(unique, (0, -len(unique) % bucket), mode="edge")
-        arrays = (token_ids, targets, unique, index.reshape(token_ids.shape))
-        return Batch(*(torch.from_numpy(array).contiguous() for array in arrays))
+        return tokens
+
+    def batch(self, windows: Sequence[int], *, seq_len: int) -> Batch:
+        """The windows of these numbers as a batch."""
+        return Batch.of([self.window(number, seq_len=seq_len) for number in windows], vocab_size=self.vocab_size)
 
 
 class TokenDataset:
@@ -195,7 +207,7 @@ def _open_split(folder: Path, manifest: dict[str, Any], split: str) -> TokenStre
             found = "is missing" if size is None else f"has {size} bytes, expected {expected}"
             raise ValueError(f"prepared data {folder} is incomplete: {file.name} {found}; prepare the data again")
         if size:
-            shards.append(np.memmap(file, dtype=dtype, mode="r"))
+            shards.append(np.asarray(np.memmap(file, dtype=dtype, mode="r")))  # as a plain array, cheaper to slice
     return TokenStream(shards, vocab_size=manifest["vocab_size"], num_bytes=manifest["splits"][split]["bytes"])
 
 
@@ -278,7 +290,7 @@ class SequentialBatches:
 class Prefetcher:
     """Iterates over numbered batches, a few prepared ahead by one background thread; a context manager."""
 
-    def __init__(self, batches: Batches, *, numbers: range, pin_memory: bool, depth: int = 4) -> None:
+    def __init__(self, batches: Batches, *, numbers: Iterable[int], pin_memory: bool, depth: int = 4) -> None:
         """Prepare `batches[n]` for n in `numbers`, at most `depth` ahead of the reader."""
         self.wait_s = 0.0
         """Seconds that the reader has waited for batches."""
