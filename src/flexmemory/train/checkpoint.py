@@ -42,7 +42,7 @@ class TrainingState:
     train_config: TrainConfig
     """The recipe of these steps."""
     data_fingerprint: str
-    """`TokenDataset.fingerprint` of the data."""
+    """`Mixture.fingerprint` of the data."""
     meter: dict[str, Any]
     """`Meter.state()`."""
 
