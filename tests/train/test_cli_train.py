@@ -3,6 +3,7 @@
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import time
 import pytest
 
 from flexmemory.cli import main
+from flexmemory.cli import train as cli
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.storage import read_json
 from flexmemory.train import loop
 from flexmemory.train.checkpoint import list_checkpoints, newest_whole
+from flexmemory.train.loop import TrainResult
 from flexmemory.train.metrics import read_lines
 from tests.train.conftest import assert_same_state
 
@@ -84,6 +87,8 @@ def test_resume_takes_the_options_of_the_run(prepared, tmp_path, capsys):
         (["train"], "name a preset first: flexmemory train PRESET --data DIR --out RUN"),
         (["train", "--data", "x"], "name a preset first"),
         (["train", "nano-base", "--data", "nowhere", "--out", "run"], "no prepared data in nowhere"),
+        (["train", "nano-base", "--out", "run"], "no data: name at least one folder"),
+        (["train", "nano-base", "--data", "a=x", "b=1", "--out", "run"], "the weight of a must be a number, got 'x'"),
         (["train", "nano-base", "--data", "d", "--out", "r", "--seq-len", "63"], "must be a multiple of seq_len"),
     ],
 )
@@ -140,10 +145,31 @@ def test_a_terminated_process_saves_and_says_how_to_go_on(prepared, tmp_path):
     assert steps == list(range(1, step + 3))
 
 
-def assert_same_weights(run, expected):
-    for name in ("model.safetensors", OPTIMIZER_FILE):
-        path = f"checkpoints/step-00000012/{name}"
-        assert (run / path).read_bytes() == (expected / path).read_bytes(), name
+def test_data_may_be_many_folders_and_the_command_to_go_on_names_them_all(prepared, tmp_path, capsys, monkeypatch):
+    def stopped(*_, data, **__):
+        seen.append(data)
+        return TrainResult(step=1, loss=5.0, val_loss=None, checkpoint=tmp_path / "c", signal=signal.SIGTERM)
+
+    seen = []
+    monkeypatch.setattr(cli, "train", stopped)
+    data = [str(shutil.copytree(prepared, tmp_path / name)) for name in ("a", "with space", "c")]
+    weighted = tuple(f"{folder}={weight}" for folder, weight in zip(data, ("0.5", "1", "2"), strict=True))
+    for options in (["--data", *weighted], ["--data", *weighted[:2], "--data", weighted[2]]):
+        assert main(["train", "nano-memory", *options, "--out", str(tmp_path / "run"), *SMALL]) == 128 + signal.SIGTERM
+        command = shlex.split(capsys.readouterr().err.splitlines()[-1].split("to go on: ")[1])
+        assert command[1:] == ["train", "nano-memory", "--data", *weighted, "--out", str(tmp_path / "run"), "--resume"]
+    assert seen == [weighted, weighted]
+
+
+def test_a_run_on_two_folders_goes_on(prepared, tmp_path, capsys):
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    options = ["train", "nano-memory", "--data", f"{prepared}=3", f"{copy}=1", "--out", str(tmp_path / "run")]
+    assert main([*options, *SMALL, "--total-tokens", "256"]) == 0
+    assert main([*options, "--resume", "--total-tokens", "384"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("3 steps, 384 tokens")
+    options[4] = f"{copy}=2"
+    assert main([*options, "--resume"]) == 2
+    assert "the mixture (its folders, their order or weights) is not the data" in capsys.readouterr().err
 
 
 def test_a_process_killed_while_saving_loses_nothing_saved(prepared, tmp_path):

@@ -1,6 +1,7 @@
 """Batches: every window once an epoch, the same from any start; broken folders are refused."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import threading
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from flexmemory.train.data import Batch, Prefetcher, SequentialBatches, ShuffledBatches, TokenDataset, TokenStream
+from flexmemory.train.data import (
+    Batch,
+    MixedStreams,
+    Prefetcher,
+    SequentialBatches,
+    ShuffledBatches,
+    TokenDataset,
+    TokenStream,
+)
 from tests.train.conftest import recipe, write_prepared
 
 
@@ -39,6 +48,17 @@ def test_batch_holds_windows_targets_and_unique_ids():
     assert batch.num_unique == 18
     assert torch.equal(batch.unique_ids[: batch.num_unique], batch.token_ids.unique())
     assert {tensor.dtype for tensor in (batch.token_ids, batch.targets, batch.unique_ids, batch.index)} == {torch.int64}
+
+
+@pytest.mark.parametrize("highest", [1, 50, 4999])
+def test_unique_ids_are_those_of_a_sort(highest):
+    tokens = np.random.default_rng(0).integers(highest, size=(4, 65))
+    tokens[0, 0], tokens[-1, -1] = highest, highest  # of the vocabulary the last; of all tokens the last
+    batch = Batch.of(list(tokens), vocab_size=highest + 1)
+    unique, index = np.unique(tokens[:, :-1], return_inverse=True)
+    assert np.array_equal(batch.unique_ids[: batch.num_unique], unique)
+    assert np.array_equal(batch.index, index.reshape(4, 64))
+    assert all(tensor.is_contiguous() for tensor in (batch.token_ids, batch.targets, batch.unique_ids, batch.index))
 
 
 def test_padding_repeats_an_id_that_is_never_indexed():
@@ -83,6 +103,88 @@ def test_order_does_not_depend_on_micro_batches():
 def test_order_never_changes_between_versions():
     batches = ShuffledBatches(stream(8 * 32 + 1), config=recipe(steps=1, micro_batch_size=4))
     assert (batches[0].token_ids[:, 0] // 32).tolist() == [3, 2, 1, 6]
+
+
+def mixed(*windows, weights=None):
+    """Streams of these numbers of windows of 32 tokens; token t of stream k is 200 k + t."""
+    streams = [
+        TokenStream([np.arange(200 * k, 200 * k + 32 * count + 1, dtype=np.uint16)], vocab_size=1000, num_bytes=0)
+        for k, count in enumerate(windows)
+    ]
+    return MixedStreams(streams, weights=weights)
+
+
+def first_tokens(batches, numbers):
+    return [start for number in numbers for start in batches[number].token_ids[:, 0].tolist()]
+
+
+def test_one_stream_in_a_mix_gives_its_own_batches():
+    tokens, config = stream(640), recipe(steps=1)
+    alone, mix = ShuffledBatches(tokens, config=config), ShuffledBatches(MixedStreams([tokens]), config=config)
+    assert all(same(alone[number], mix[number]) for number in range(25))
+    assert same(mix[3], ShuffledBatches(MixedStreams([tokens], weights=[7]), config=config)[3])
+
+
+def test_a_mix_without_weights_has_epochs_of_all_its_windows():
+    batches = ShuffledBatches(mixed(5, 1, 2), config=recipe(steps=1))
+    starts = first_tokens(batches, range(8))
+    everything = [32 * n for n in range(5)] + [200] + [400, 432]
+    assert sorted(starts[:8]) == sorted(starts[8:]) == everything
+    assert starts[:8] != starts[8:]
+
+
+def test_each_stream_of_a_mix_has_epochs_of_its_own():
+    """Weights 3 and 1 for 5 and 4 windows: 24 sequences are 3.6 epochs of the one, 1.5 of the other."""
+    batches = ShuffledBatches(mixed(5, 4, weights=[3, 1]), config=recipe(steps=1))
+    starts = first_tokens(batches, range(12))
+    of_first, of_second = ([start for start in starts if (start >= 200) == second] for second in (False, True))
+    assert (len(of_first), len(of_second)) == (18, 6)
+    epochs = [of_first[start : start + 5] for start in (0, 5, 10)]
+    assert all(sorted(epoch) == [0, 32, 64, 96, 128] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    assert sorted(of_second[:4]) == [200, 232, 264, 296]
+
+
+def test_streams_of_one_size_have_orders_of_their_own():
+    starts = np.array(first_tokens(ShuffledBatches(mixed(6, 6), config=recipe(steps=1)), range(6)))
+    assert (starts[starts < 200]).tolist() != (starts[starts >= 200] - 200).tolist()
+
+
+@pytest.mark.parametrize("weights", [None, [5, 2, 1]])
+def test_a_batch_of_a_mix_is_the_same_from_any_start_and_with_any_size(weights):
+    tokens, config = mixed(5, 3, 4, weights=weights), recipe(steps=1)
+    in_order = ShuffledBatches(tokens, config=config)
+    expected = [in_order[number] for number in range(24)]
+    for number in (23, 7, 8, 0):
+        jumping = ShuffledBatches(tokens, config=config)
+        assert same(jumping[number], expected[number])
+        assert same(jumping[number + 1 if number < 23 else 5], expected[number + 1 if number < 23 else 5])
+    for size in (1, 3, 8):
+        batches = ShuffledBatches(tokens, config=config, batch_size=size)
+        assert first_tokens(batches, range(48 // size)) == first_tokens(in_order, range(24))
+
+
+def test_the_order_of_a_mix_never_changes_between_versions():
+    batches = ShuffledBatches(mixed(4, 3, weights=[2, 1]), config=recipe(steps=1, micro_batch_size=4))
+    assert first_tokens(batches, [0, 1]) == [96, 232, 64, 32, 200, 0, 32, 264]
+
+
+def test_validation_of_a_mix_takes_every_stream_by_its_size():
+    tokens, config = mixed(4, 0, 2), recipe(steps=1)
+    whole = SequentialBatches(tokens, config=config, max_tokens=10_000)
+    starts = first_tokens(whole, range(len(whole)))
+    assert sorted(starts) == [0, 32, 64, 96, 400, 432]
+    half = SequentialBatches(tokens, config=config, max_tokens=3 * 32)
+    assert sorted(first_tokens(half, range(len(half)))) == [0, 32, 400]
+
+
+def test_a_short_stream_of_a_mix_is_named():
+    streams = [TokenStream([np.arange(n)], vocab_size=1000, num_bytes=0, name=f"text {n}") for n in (100, 32)]
+    with pytest.raises(ValueError, match=r"text 32 holds 32 tokens, need at least seq_len \+ 1 = 33"):
+        ShuffledBatches(MixedStreams(streams), config=recipe(steps=1))
+    damaged = TokenStream([np.full(100, 1000)], vocab_size=1000, num_bytes=0, name="text 2")
+    with pytest.raises(ValueError, match="text 2 holds token id 1000"):
+        ShuffledBatches(MixedStreams([streams[0], damaged]), config=recipe(steps=1))[0]
 
 
 def test_validation_reads_each_window_once_in_order_up_to_its_limit():
@@ -130,6 +232,12 @@ def test_prefetcher_gives_every_batch_in_order_and_stays_bounded():
             assert max(source.asked) <= number + 2
         assert next(batches, None) is None
         assert batches.wait_s > 0
+
+
+def test_prefetcher_takes_numbers_in_any_order_and_without_end():
+    source = Numbered()
+    with Prefetcher(source, numbers=itertools.cycle([5, 2]), pin_memory=False) as batches:
+        assert [next(batches).token_ids[0, 0].item() // 8 for _ in range(5)] == [5, 2, 5, 2, 5]
 
 
 def test_prefetcher_passes_errors_on_and_ends_its_thread():

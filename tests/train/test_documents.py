@@ -64,22 +64,70 @@ def test_a_row_of_parquet_is_one_document(tmp_path):
 def test_a_row_of_a_hub_data_set_is_one_document(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
-    def load(path, name=None, *, split, streaming):
+    def load(path, name=None, *, split, revision, streaming):
         assert streaming
-        asked.append((path, name, split))
-        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+        asked.append((path, name, split, revision))
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset(num_shards=2)
 
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", load)
-    for name in ("hf:owner/name", "hf:owner/name/config", "hf:owner/name/config:test", "hf:owner/name:test", "hf:old"):
+    for name in (
+        "hf:owner/name", "hf:owner/name/config", "hf:owner/name@v2/config:test", "hf:owner/name:test", "hf:old",
+    ):  # fmt: skip
         assert read(name) == TEXTS
     assert asked == [
-        ("owner/name", None, "train"),
-        ("owner/name", "config", "train"),
-        ("owner/name", "config", "test"),
-        ("owner/name", None, "test"),
-        ("old", None, "train"),
+        ("owner/name", None, "train", None),
+        ("owner/name", "config", "train", None),
+        ("owner/name", "config", "test", "v2"),
+        ("owner/name", None, "test", None),
+        ("old", None, "train", None),
     ]
+    with pytest.raises(ValueError, match="hf:owner/name file 0 row 1 has no field 'body', only 'id', 'text'"):
+        read("hf:owner/name", text_field="body")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub data set of 4 files with 3 rows each; a list of the (file, row) that were read."""
+    datasets = pytest.importorskip("datasets")
+    seen = []
+
+    def rows(files):
+        for file in files:
+            for row in range(3):
+                seen.append((file, row))
+                yield {"text": f"{file}.{row}"}
+
+    def load(*_, **__):
+        return datasets.IterableDataset.from_generator(rows, gen_kwargs={"files": list(range(4))})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return seen
+
+
+def test_a_hub_data_set_is_read_as_it_is_used(hub):
+    documents = read_documents(find_sources(["hf:owner/name"]))
+    assert [next(documents).text for _ in range(4)] == ["0.0", "0.1", "0.2", "1.0"]
+    assert max(hub) <= (1, 1)
+
+
+def test_a_hub_data_set_starts_anywhere_without_the_files_before(hub):
+    sources = find_sources(["hf:owner/name"])
+    documents = list(read_documents(sources))
+    assert [document.text for document in documents] == [f"{file}.{row}" for file in range(4) for row in range(3)]
+    for number, document in enumerate(documents, 1):
+        hub.clear()
+        assert list(read_documents(sources, start=document.after)) == documents[number:]
+        assert min(hub) == (document.after.part, 0)
+
+
+def test_a_source_that_became_shorter_is_refused(hub, tmp_path):
+    message = "has changed: it holds 3 documents where 4 were read before"
+    with pytest.raises(ValueError, match=f"hf:owner/name {message}"):
+        list(read_documents(find_sources(["hf:owner/name"]), start=Position(0, 4, 2)))
+    path = write(tmp_path / "a.jsonl", lines(ROWS[:3]))
+    with pytest.raises(ValueError, match=f"a.jsonl {message}"):
+        list(read_documents(find_sources([path]), start=Position(0, 4)))
 
 
 def test_a_hub_data_set_that_cannot_be_opened_is_named(monkeypatch):
@@ -131,7 +179,7 @@ def test_reading_can_start_after_any_document(tmp_path):
     write(tmp_path / "c.jsonl.zst", zstandard.compress(lines(ROWS)))
     sources = find_sources([tmp_path])
     documents = list(read_documents(sources))
-    assert [document.after for document in documents] == [
+    assert [document.after[:2] for document in documents] == [
         (0, 1),
         (0, 2),
         (0, 3),

@@ -81,13 +81,14 @@ def test_chunks_bound_the_logits_held():
 
 def test_in_bf16_chunks_are_as_close_to_fp64_as_whole_logits():
     """The error rule of docs/training.md, with a share that bf16 cannot hold."""
-    *rounded, targets = head_inputs(torch.bfloat16, sequences=64, vocab_size=997)
+    hidden, weight, targets = head_inputs(torch.bfloat16, sequences=64, vocab_size=997)
+    rounded = (hidden, weight)
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in rounded]
     expected = torch.autograd.grad(
         next_token_loss(exact_inputs[0] @ exact_inputs[1].T, targets, z_loss=1e-4)[0] / 3, exact_inputs
     )
     plain = torch.autograd.grad(next_token_loss(rounded[0] @ rounded[1].T, targets, z_loss=1e-4)[0] / 3, rounded)
-    loss, _ = head_loss(*rounded, targets, z_loss=1e-4, share=1 / 3, logits_bytes=100 * 997 * 2)
+    loss, _ = head_loss(hidden, weight, targets, z_loss=1e-4, share=1 / 3, logits_bytes=100 * 997 * 2)
     assert loss.dtype == torch.float32
     for found, whole, exact in zip(torch.autograd.grad(loss, rounded), plain, expected, strict=True):
         error, whole_error = ((gradient.double() - exact).norm() / exact.norm() for gradient in (found, whole))

@@ -214,7 +214,7 @@ def test_long_documents_are_cut_where_they_can_be(tokenizer, small_steps, name, 
     pieces = list(module._pieces([Document(LONG[name], Position(0, 1))], tokenizer, first=0, every=None))
     assert "".join(piece.text for piece in pieces) == LONG[name]
     assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece.after for piece in pieces] == [None] * (len(pieces) - 1) + [(0, 1)]
+    assert [piece.after for piece in pieces] == [None] * (len(pieces) - 1) + [Position(0, 1)]
     assert (max(len(piece.text) for piece in pieces) < 1000) == cut
 
 

@@ -42,8 +42,12 @@ def gradients(module: TrainingModel, *, batch):
     """Loss and gradients of one batch of a plain step."""
     module.zero_grad()
     totals, _ = accumulate(module, batch)
-    found = {name: whole(parameter.grad) for name, parameter in module.model.named_parameters()}
-    return totals[0], {name: gradient.clone() for name, gradient in found.items()}
+    return totals[0], {name: gradient_of(parameter).clone() for name, parameter in module.model.named_parameters()}
+
+
+def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return whole(parameter.grad)
 
 
 def autograd_gradients(model, batch, *, z_loss):
@@ -52,7 +56,7 @@ def autograd_gradients(model, batch, *, z_loss):
     model.zero_grad()
     loss, _ = next_token_loss(model(batch.token_ids, rows), batch.targets, z_loss=z_loss)
     loss.backward()
-    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.detach(), {name: gradient_of(parameter) for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
@@ -136,7 +140,7 @@ def test_gradients_of_a_bf16_table_are_summed_in_fp32(dataset):
         )
         model = new_model(nano("memory", num_layers=1), seed=0)
         accumulate(training_model(model, config=config), part)
-        found.append(whole(model.get_parameter("blocks.0.memory.ffn.down.weight").grad))
+        found.append(gradient_of(model.get_parameter("blocks.0.memory.ffn.down.weight")))
     torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=1e-6)
 
 

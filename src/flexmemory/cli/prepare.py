@@ -28,7 +28,7 @@ def prepare_text(
 
     Args:
         inputs: Files or folders of .txt, .md, .py, .jsonl (also .gz, .xz, .bz2, .zst) or .parquet, or
-            hf:OWNER/NAME[/CONFIG][:SPLIT].
+            hf:OWNER/NAME[@REVISION][/CONFIG][:SPLIT].
         out: The folder to make.
         tokenizer: A tokenizer.json (also .gz or .xz), a folder that holds one, or a hub repository; by default a
             byte-level BPE is trained on the input.

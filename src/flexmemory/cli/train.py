@@ -1,13 +1,15 @@
-"""`flexmemory train PRESET --data DIR --out RUN`: train a model on prepared data."""
+"""`flexmemory train PRESET --data DIR... --out RUN`: train a model on prepared data."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -15,8 +17,8 @@ import tyro
 
 from flexmemory.config import ModelConfig, TrainConfig
 from flexmemory.presets import get_preset
-from flexmemory.train.data import TokenDataset
 from flexmemory.train.loop import TrainResult, read_run_config, train
+from flexmemory.train.mixture import Mixture
 
 PROG = "flexmemory train PRESET"
 HELP_PRESET = "small-memory"
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Arguments(NamedTuple):
     """What the command line said."""
 
-    data: Path
+    data: tuple[str, ...]
     out: Path
     resume: bool
     device: str
@@ -47,7 +49,7 @@ def parse(options: list[str], *, model: ModelConfig, recipe: TrainConfig) -> Arg
 
     def arguments(
         *,
-        data: Path,
+        data: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
         out: Path,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         device: str = "auto",
@@ -59,21 +61,22 @@ def parse(options: list[str], *, model: ModelConfig, recipe: TrainConfig) -> Arg
         Ctrl-C saves a checkpoint and stops; a second one stops at once.
 
         Args:
-            data: Folder written by `flexmemory prepare`.
+            data: Folders written by `flexmemory prepare`, or DIR=WEIGHT for each: its relative share of the sequences.
+                Without weights each has that of its size.
             out: Folder of the run: checkpoints, metrics, samples.
             resume: Go on from the newest checkpoint of `out`, with that run's options where none are given.
             device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
             recipe: The recipe.
             model: The model; its vocabulary follows the data.
         """
-        return Arguments(data, out, resume, device, recipe, model)
+        return Arguments(tuple(itertools.chain.from_iterable(data)), out, resume, device, recipe, model)
 
     return tyro.cli(arguments, args=options, prog=PROG)
 
 
-def follow_vocabulary(model: ModelConfig, *, default: ModelConfig, data: Path) -> ModelConfig:
+def follow_vocabulary(model: ModelConfig, *, default: ModelConfig, data: Sequence[str]) -> ModelConfig:
     """`model` with the vocabulary of `data`, unless one was asked for."""
-    vocab_size = TokenDataset.open(data).vocab_size
+    vocab_size = Mixture.open(data).vocab_size
     if model.vocab_size in (vocab_size, default.vocab_size):
         if model.vocab_size != vocab_size:
             logger.info("vocab_size is %d, that of the data, instead of %d", vocab_size, model.vocab_size)
@@ -118,9 +121,7 @@ def main(argv: list[str]) -> int:
         argv=argv,
     )
     if result.signal is not None:
-        command = shlex.join(
-            ["flexmemory", "train", name, "--data", str(args.data), "--out", str(args.out), "--resume"]
-        )
+        command = shlex.join(["flexmemory", "train", name, "--data", *args.data, "--out", str(args.out), "--resume"])
         stopped_by = signal.Signals(result.signal).name
         print(f"stopped by {stopped_by}; saved {result.checkpoint}; to go on: {command}", file=sys.stderr)
         return 128 + result.signal

@@ -49,7 +49,7 @@ class TrainingState:
     train_config: TrainConfig
     """The recipe of these steps."""
     data_fingerprint: str
-    """`TokenDataset.fingerprint` of the data."""
+    """`Mixture.fingerprint` of the data."""
     meter: dict[str, Any]
     """`Meter.state()`."""
     train_s: float = 0.0

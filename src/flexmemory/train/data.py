@@ -1,8 +1,9 @@
 """Prepared tokens as batches: any batch is a pure function of its number.
 
 A folder written by `flexmemory prepare` holds token shards. `TokenDataset` opens it, `TokenStream` reads a split as one
-stream, `ShuffledBatches` and `SequentialBatches` cut it into numbered batches, `Prefetcher` prepares them ahead in a
-thread. Dimension key: B batch, T tokens, U unique ids (padded), N flat tokens.
+stream and `MixedStreams` those of several folders, `ShuffledBatches` and `SequentialBatches` cut them into numbered
+batches, `Prefetcher` prepares these ahead in a thread. Dimension key: B batch, T tokens, U unique ids (padded), N flat
+tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 from flexmemory.config import TrainConfig
 from flexmemory.storage import read_json
 from flexmemory.tokenizer import Tokenizer
+from flexmemory.train.interleave import Interleaving
 
 FORMAT = "flexmemory-tokens"
 FORMAT_VERSION = 1
@@ -45,6 +47,20 @@ class Batch:
     """Sorted; padded by repeats of the last id, which `index` never names."""
     index: Int[Tensor, "B T"]
     """Positions in `unique_ids`."""
+
+    @classmethod
+    def of(cls, windows: Sequence[NDArray[np.int64]], *, vocab_size: int) -> Batch:
+        """Windows of T + 1 ids below `vocab_size` as a batch."""
+        tokens = np.stack(windows)  # (B, T+1)
+        token_ids, targets = tokens[:, :-1], tokens[:, 1:]
+        present = np.zeros(vocab_size, dtype=np.bool_)  # flags instead of np.unique, which sorts
+        present[token_ids] = True
+        unique = np.flatnonzero(present)
+        index = (np.cumsum(present) - 1)[token_ids]
+        # Few distinct lengths, so that torch.compile sees few shapes and kernels see sizes they like.
+        bucket = 64 * max(1, token_ids.size // 16_384)
+        unique = np.pad(unique, (0, -len(unique) % bucket), mode="edge")
+        return cls(*(torch.from_numpy(array).contiguous() for array in (token_ids, targets, unique, index)))
 
     @property
     def num_unique(self) -> int:
@@ -75,8 +91,14 @@ class Batch:
 class TokenStream:
     """The tokens of one split, memory-mapped shards read as one stream."""
 
-    def __init__(self, shards: Sequence[NDArray[Any]], *, vocab_size: int, num_bytes: int) -> None:
-        """Chain `shards`, each (N,) of ids below `vocab_size`, which stand for `num_bytes` of UTF-8 text."""
+    def __init__(
+        self, shards: Sequence[NDArray[Any]], *, vocab_size: int, num_bytes: int, name: str = "the data"
+    ) -> None:
+        """Chain `shards`, each (N,) of ids below `vocab_size`, which stand for `num_bytes` of UTF-8 text.
+
+        Messages call the stream `name`.
+        """
+        self.name = name
         self.vocab_size = vocab_size
         self.num_bytes = num_bytes
         self._shards = list(shards)
@@ -100,27 +122,47 @@ class TokenStream:
             piece = shard[start - self._ends[number] + len(shard) :][:length]
             pieces.append(piece.astype(np.int64))
             start, length, number = start + len(piece), length - len(piece), number + 1
-        return np.concatenate(pieces)
+        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
-    def batch(self, windows: Sequence[int], *, seq_len: int) -> Batch:
-        """Windows of `seq_len + 1` tokens as a batch; window w starts at token `w * seq_len`.
+    def window(self, number: int, *, seq_len: int) -> NDArray[np.int64]:
+        """Window `number` of `seq_len + 1` tokens: it starts at token `number * seq_len`.
 
         Raises:
-            ValueError: a shard holds an id outside the vocabulary.
+            ValueError: it holds an id outside the vocabulary.
         """
-        tokens = np.stack([self.read(window * seq_len, seq_len + 1) for window in windows])  # (B, T+1)
+        tokens = self.read(number * seq_len, seq_len + 1)
         if tokens.max() >= self.vocab_size:
             raise ValueError(
-                f"the data holds token id {tokens.max()}, but its vocabulary has {self.vocab_size} ids: a shard is "
+                f"{self.name} holds token id {tokens.max()}, but its vocabulary has {self.vocab_size} ids: a shard is "
                 "damaged, prepare the data again"
             )
-        token_ids, targets = tokens[:, :-1], tokens[:, 1:]
-        unique, index = np.unique(token_ids, return_inverse=True)
-        # Few distinct lengths, so that torch.compile sees few shapes and kernels see sizes they like.
-        bucket = 64 * max(1, token_ids.size // 16_384)
-        unique = np.pad(unique, (0, -len(unique) % bucket), mode="edge")
-        arrays = (token_ids, targets, unique, index.reshape(token_ids.shape))
-        return Batch(*(torch.from_numpy(array).contiguous() for array in arrays))
+        return tokens
+
+    def batch(self, windows: Sequence[int], *, seq_len: int) -> Batch:
+        """The windows of these numbers as a batch."""
+        return Batch.of([self.window(number, seq_len=seq_len) for number in windows], vocab_size=self.vocab_size)
+
+
+class MixedStreams:
+    """The windows of several streams as one numbered sequence, each stream in its share of every part of it."""
+
+    def __init__(self, streams: Sequence[TokenStream], *, weights: Sequence[int] | None = None) -> None:
+        """Mix `streams` of one vocabulary by `weights`, by default each by its number of windows."""
+        self.streams = tuple(streams)
+        self.weights = weights
+        self.vocab_size = max(stream.vocab_size for stream in streams)
+
+    def __len__(self) -> int:
+        """Tokens in all streams."""
+        return sum(map(len, self.streams))
+
+    def num_windows(self, seq_len: int) -> int:
+        """Windows in all streams."""
+        return sum(stream.num_windows(seq_len) for stream in self.streams)
+
+    def interleaving(self, seq_len: int) -> Interleaving:
+        """Which stream each sequence is from."""
+        return Interleaving(self.weights or [stream.num_windows(seq_len) for stream in self.streams])
 
 
 class TokenDataset:
@@ -171,6 +213,11 @@ class TokenDataset:
         content = json.dumps([[self._manifest[key] for key in keys], shards])
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """`Tokenizer.fingerprint` of the tokenizer that made the tokens."""
+        return self._manifest["tokenizer_fingerprint"]
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens.
 
@@ -178,7 +225,7 @@ class TokenDataset:
             ValueError: the folder's tokenizer is another one.
         """
         tokenizer = Tokenizer.load(self.folder)
-        if tokenizer.fingerprint != self._manifest["tokenizer_fingerprint"]:
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise ValueError(f"{self.folder}/tokenizer.json is not the tokenizer that made the tokens; prepare again")
         return tokenizer
 
@@ -195,8 +242,9 @@ def _open_split(folder: Path, manifest: dict[str, Any], split: str) -> TokenStre
             found = "is missing" if size is None else f"has {size} bytes, expected {expected}"
             raise ValueError(f"prepared data {folder} is incomplete: {file.name} {found}; prepare the data again")
         if size:
-            shards.append(np.memmap(file, dtype=dtype, mode="r"))
-    return TokenStream(shards, vocab_size=manifest["vocab_size"], num_bytes=manifest["splits"][split]["bytes"])
+            shards.append(np.asarray(np.memmap(file, dtype=dtype, mode="r")))  # as a plain array, cheaper to slice
+    num_bytes = manifest["splits"][split]["bytes"]
+    return TokenStream(shards, vocab_size=manifest["vocab_size"], num_bytes=num_bytes, name=f"{split} of {folder}")
 
 
 @runtime_checkable
@@ -211,43 +259,58 @@ class Batches(Protocol):
 class ShuffledBatches:
     """Training batches without end: every window once an epoch, in an order of its own each epoch.
 
-    Batch n holds sequences n B to n B + B - 1 of the run, whatever was read before it.
+    Batch n holds sequences n B to n B + B - 1 of the run, whatever was read before it. Of several streams, each has
+    epochs of its own.
     """
 
-    def __init__(self, tokens: TokenStream, *, config: TrainConfig, batch_size: int | None = None) -> None:
+    def __init__(
+        self, tokens: TokenStream | MixedStreams, *, config: TrainConfig, batch_size: int | None = None
+    ) -> None:
         """Cut `tokens` as `config` says, into batches of `batch_size` sequences (by default micro-batches).
 
         Raises:
-            ValueError: there are fewer tokens than one sequence needs.
+            ValueError: a stream has fewer tokens than one sequence needs.
         """
-        self._tokens = tokens
+        self._tokens = _mixed(tokens)
         self._config = config
         self._batch_size = config.micro_batch_size if batch_size is None else batch_size
-        self._num_windows = tokens.num_windows(config.seq_len)
-        if self._num_windows == 0:
-            raise ValueError(
-                f"the training data holds {len(tokens)} tokens, need at least seq_len + 1 = {config.seq_len + 1}; "
-                "prepare more text or lower seq_len"
-            )
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        for stream in self._tokens.streams:
+            if stream.num_windows(config.seq_len) == 0:
+                raise ValueError(
+                    f"{stream.name} holds {len(stream)} tokens, need at least seq_len + 1 = {config.seq_len + 1}; "
+                    "prepare more text or lower seq_len"
+                )
+        self._interleaving = self._tokens.interleaving(config.seq_len)
+        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        """Of a stream: the epoch last read, and its order of windows."""
 
     def __getitem__(self, number: int, /) -> Batch:
         """Batch `number`, counted from the start of the run."""
         size = self._batch_size
         windows = [self._window(sequence) for sequence in range(number * size, (number + 1) * size)]
-        return self._tokens.batch(windows, seq_len=self._config.seq_len)
+        return Batch.of(windows, vocab_size=self._tokens.vocab_size)
 
     @property
     def per_step(self) -> int:
         """Batches in an optimizer step."""
         return self._config.batch_tokens // (self._batch_size * self._config.seq_len)
 
-    def _window(self, sequence: int) -> int:
-        epoch, position = divmod(sequence, self._num_windows)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, _permutation(self._num_windows, seed=(self._config.seed, epoch))
-        return int(self._order[position])
+    def _window(self, sequence: int) -> NDArray[np.int64]:
+        source, number = self._interleaving.place(sequence)
+        stream = self._tokens.streams[source]
+        num_windows = stream.num_windows(self._config.seq_len)
+        epoch, position = divmod(number, num_windows)
+        known, order = self._orders.get(source, (None, None))
+        if order is None or known != epoch:
+            # The first stream's order is what it is alone; others of the same size have orders of their own.
+            seed = (self._config.seed, epoch, source) if source else (self._config.seed, epoch)
+            order = _permutation(num_windows, seed=seed)
+            self._orders[source] = epoch, order
+        return stream.window(int(order[position]), seq_len=self._config.seq_len)
+
+
+def _mixed(tokens: TokenStream | MixedStreams) -> MixedStreams:
+    return MixedStreams([tokens]) if isinstance(tokens, TokenStream) else tokens
 
 
 def _permutation(count: int, *, seed: Sequence[int]) -> NDArray[np.int64]:
@@ -256,11 +319,12 @@ def _permutation(count: int, *, seed: Sequence[int]) -> NDArray[np.int64]:
 
 
 class SequentialBatches:
-    """The first windows of a split in order, each once; the last batch may be smaller."""
+    """The first windows of a split in order, each once, of every stream its share; the last batch may be smaller."""
 
-    def __init__(self, tokens: TokenStream, *, config: TrainConfig, max_tokens: int) -> None:
+    def __init__(self, tokens: TokenStream | MixedStreams, *, config: TrainConfig, max_tokens: int) -> None:
         """Cut at most `max_tokens` of `tokens`, at least one window."""
-        self._tokens = tokens
+        self._tokens = _mixed(tokens)
+        self._interleaving = self._tokens.interleaving(config.seq_len)
         self._config = config
         self._num_windows = min(tokens.num_windows(config.seq_len), max(1, max_tokens // config.seq_len))
 
@@ -271,8 +335,10 @@ class SequentialBatches:
     def __getitem__(self, number: int, /) -> Batch:
         """Batch `number`."""
         size = self._config.micro_batch_size
-        windows = range(number * size, min((number + 1) * size, self._num_windows))
-        return self._tokens.batch(windows, seq_len=self._config.seq_len)
+        sequences = range(number * size, min((number + 1) * size, self._num_windows))
+        places = [self._interleaving.place(sequence) for sequence in sequences]
+        windows = [self._tokens.streams[source].window(n, seq_len=self._config.seq_len) for source, n in places]
+        return Batch.of(windows, vocab_size=self._tokens.vocab_size)
 
 
 class Prefetcher:

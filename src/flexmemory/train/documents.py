@@ -18,10 +18,10 @@ import logging
 import lzma
 import os
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, Literal, NamedTuple, NoReturn
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".bz2", ".zst")
@@ -42,10 +42,12 @@ class Source(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A place in the stream: this many documents into source number `source`."""
+    """A place in the stream: this many documents into a part of source number `source`."""
 
     source: int = 0
     document: int = 0
+    part: int = 0
+    """The file of a hub data set, so that those before it need not be read again; of other sources 0."""
 
 
 START = Position()
@@ -103,13 +105,21 @@ def read_documents(
     Raises:
         ImportError: an optional package is missing.
         OSError: a source cannot be read.
-        ValueError: a source is damaged, not UTF-8 text, or lacks `text_field`; the message says where.
+        ValueError: a source is damaged, not UTF-8 text, shorter than `start`, or lacks `text_field`; the message says
+            where.
     """
     for index, source in enumerate(sources[start.source :], start.source):
-        done = start.document if index == start.source else 0
-        texts = enumerate(_texts(source.name, text_field), 1)
-        for number, text in itertools.islice(texts, done, None):
-            yield Document(text, Position(index, number))
+        begin = start if index == start.source else Position(index)
+        for part, texts in _parts(source.name, text_field, first=begin.part):
+            done = begin.document if part == begin.part else 0
+            skipped = sum(1 for _ in itertools.islice(texts, done))
+            if skipped < done:
+                raise ValueError(
+                    f"{source.name} has changed: it holds {skipped} documents where {done} were read before; remove "
+                    "the .partial folder and start again"
+                )
+            for number, text in enumerate(texts, done + 1):
+                yield Document(text, Position(index, number, part))
 
 
 def _in_folder(folder: Path, exclude_dirs: Collection[str]) -> list[Source]:
@@ -151,13 +161,17 @@ def _expected_types() -> str:
     return f"{names} (plain or with {packed}), .parquet, a folder of those, or {HUB}NAME"
 
 
-def _texts(name: str, text_field: str) -> Iterator[str]:
+def _parts(name: str, text_field: str, *, first: int) -> Iterator[tuple[int, Iterator[str]]]:
+    """The parts of a source from number `first` on, each with its texts."""
     if name.startswith(HUB):
-        return _read_hub(name, text_field)
+        rows = _open_hub(name)
+        for part in range(first, rows.num_shards):
+            yield part, _read_hub(rows.shard(rows.num_shards, part), text_field, f"{name} file {part}")
+        return
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     path = Path(name)
     reader = readers.get(_format(path) or "")
-    return reader(path, text_field) if reader else _read_text(path)
+    yield 0, reader(path, text_field) if reader else _read_text(path)
 
 
 def _read_text(path: Path) -> Iterator[str]:
@@ -204,19 +218,25 @@ def _parquet_values(path: Path, text_field: str) -> Iterator[list[object]]:
             raise ValueError(f"{path} is cut short or damaged ({error})") from error
 
 
-def _read_hub(name: str, text_field: str) -> Iterator[str]:
+def _open_hub(name: str) -> Any:
+    """The data set's rows as `datasets` streams them: nothing is downloaded before it is read."""
     datasets = _optional("datasets", needed_for=name)
     repository, _, split = name.removeprefix(HUB).partition(":")
     owner, _, rest = repository.partition("/")
     dataset, _, config = rest.partition("/")
+    path, _, revision = f"{owner}/{dataset}".rstrip("/").partition("@")
     try:
-        rows = datasets.load_dataset(
-            f"{owner}/{dataset}".rstrip("/"), config or None, split=split or "train", streaming=True
+        return datasets.load_dataset(
+            path, config or None, split=split or "train", revision=revision or None, streaming=True
         )
     except (ValueError, OSError) as error:
-        raise OSError(f"cannot open {name} ({error}); expected {HUB}OWNER/NAME[/CONFIG][:SPLIT]") from error
+        expected = f"{HUB}OWNER/NAME[@REVISION][/CONFIG][:SPLIT]"
+        raise OSError(f"cannot open {name} ({error}); expected {expected}") from error
+
+
+def _read_hub(rows: Iterable[dict[str, object]], text_field: str, where: str) -> Iterator[str]:
     for number, row in enumerate(rows, 1):
-        yield _field(row, text_field, f"{name} row {number}")
+        yield _field(row, text_field, f"{where} row {number}")
 
 
 def _field(record: dict[str, object], text_field: str, where: str) -> str:

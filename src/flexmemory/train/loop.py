@@ -38,8 +38,9 @@ from flexmemory.model.init import new_model
 from flexmemory.provenance import provenance
 from flexmemory.storage import read_json, write_json
 from flexmemory.train import checkpoint as checkpoints
-from flexmemory.train.data import Batch, Prefetcher, SequentialBatches, ShuffledBatches, TokenDataset
+from flexmemory.train.data import Batch, Prefetcher, SequentialBatches, ShuffledBatches
 from flexmemory.train.metrics import Meter, append_line, can_plot, drop_after, plot_losses
+from flexmemory.train.mixture import Mixture
 from flexmemory.train.optimizer import Optimizer
 from flexmemory.train.parallel import World, gathered, join
 from flexmemory.train.sample import sample_text
@@ -72,7 +73,7 @@ def train(
     model_config: ModelConfig,
     *,
     train_config: TrainConfig,
-    data: Path,
+    data: str | Path | Sequence[str | Path],
     out: Path,
     resume: bool = False,
     device: str = "auto",
@@ -83,7 +84,7 @@ def train(
     Args:
         model_config: The model; its vocabulary must cover that of the data.
         train_config: The recipe.
-        data: A folder written by `flexmemory prepare`.
+        data: A folder written by `flexmemory prepare`, or several as `Mixture.open` takes them.
         out: The run's folder, made here.
         resume: Go on from the newest checkpoint of `out`. Model, data, seed, `seq_len` and `batch_tokens` must be the
             run's own; the rest of the recipe may change from here on.
@@ -97,7 +98,7 @@ def train(
         FloatingPointError: the loss diverged or is not finite; earlier checkpoints are as they were.
     """
     with join(device) as world, lost_processes_explained(out, world):
-        dataset = TokenDataset.open(data)
+        dataset = Mixture.open(data)
         _check_fit(model_config, train_config=train_config, dataset=dataset, world=world)
         checkpoint = None
         if resume:
@@ -159,7 +160,7 @@ class _Run:
         model_config: ModelConfig,
         *,
         train_config: TrainConfig,
-        dataset: TokenDataset,
+        dataset: Mixture,
         out: Path,
         world: World,
         checkpoint: Checkpoint | None,
@@ -376,15 +377,15 @@ class _Run:
         return f"the last good checkpoint is {self.checkpoint}, resume from it with a lower lr"
 
 
-def _validation_batches(dataset: TokenDataset, *, config: TrainConfig) -> SequentialBatches | None:
-    tokens = 0 if dataset.validation is None else len(dataset.validation)
-    if dataset.validation is None or tokens <= config.seq_len:
+def _validation_batches(dataset: Mixture, *, config: TrainConfig) -> SequentialBatches | None:
+    if dataset.validation is None or dataset.validation.num_windows(config.seq_len) == 0:
+        tokens = 0 if dataset.validation is None else max(map(len, dataset.validation.streams))
         logger.warning("no validation: that split holds %d tokens, need seq_len + 1 = %d", tokens, config.seq_len + 1)
         return None
     return SequentialBatches(dataset.validation, config=config, max_tokens=config.eval_tokens)
 
 
-def _check_fit(model_config: ModelConfig, *, train_config: TrainConfig, dataset: TokenDataset, world: World) -> None:
+def _check_fit(model_config: ModelConfig, *, train_config: TrainConfig, dataset: Mixture, world: World) -> None:
     tokens = train_config.seq_len * train_config.micro_batch_size * world.size
     if train_config.batch_tokens % tokens:
         raise ValueError(
@@ -411,11 +412,11 @@ def _check_fit(model_config: ModelConfig, *, train_config: TrainConfig, dataset:
 
 
 def _check_same_run(
-    checkpoint: Checkpoint, *, model_config: ModelConfig, train_config: TrainConfig, dataset: TokenDataset
+    checkpoint: Checkpoint, *, model_config: ModelConfig, train_config: TrainConfig, dataset: Mixture
 ) -> None:
     state = checkpoints.read_state(checkpoint)
-    if state.data_fingerprint != dataset.fingerprint:
-        raise ValueError(f"{dataset.folder} is not the data that {checkpoint.path} was trained on; resume with that")
+    if difference := dataset.difference(state.data_fingerprint):
+        raise ValueError(f"{difference} that {checkpoint.path} was trained on; resume with that")
     changes = _changes(to_dict(checkpoint.config), to_dict(model_config))
     if changes:
         raise ValueError(f"the model differs from that of {checkpoint.path}: {', '.join(changes.values())}")
@@ -440,7 +441,7 @@ def _describe(run: _Run, *, argv: Sequence[str]) -> dict[str, Any]:
     return {
         "model": to_dict(run.module.model.config),
         "train": to_dict(run.config),
-        "data": {"path": str(run.dataset.folder.resolve()), "fingerprint": run.dataset.fingerprint},
+        "data": run.dataset.describe(),
         "device": str(run.world.device),
         "processes": run.world.size,
         "parameters": run.num_parameters,

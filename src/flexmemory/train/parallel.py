@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -86,9 +86,9 @@ def join(device: str) -> Iterator[World]:
 def spread(
     module: nn.Module,
     *,
-    units: list[nn.Module],
-    brief_units: list[nn.Module],
-    methods: list[str],
+    units: Sequence[nn.Module],
+    brief_units: Sequence[nn.Module],
+    methods: Sequence[str],
     bf16: bool,
     world: World,
 ) -> None:

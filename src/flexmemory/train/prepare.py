@@ -71,7 +71,7 @@ def prepare(
     """Tokenise `inputs` into the new folder `out` and return it; run again after an interruption, it goes on.
 
     Args:
-        inputs: Files, folders and `hf:OWNER/NAME[/CONFIG][:SPLIT]`.
+        inputs: Files, folders and `hf:OWNER/NAME[@REVISION][/CONFIG][:SPLIT]`.
         out: The folder to make.
         tokenizer: By default a byte-level BPE, trained on the first 2^30 characters of the training documents.
         vocab_size: Ids of that BPE, at most.
