@@ -108,12 +108,12 @@ def test_rows_once_per_step_give_the_gradients_of_rows_per_micro_batch(name, dat
 def test_a_step_computes_each_row_once(dataset, monkeypatch):
     config = recipe(steps=1, micro_batch_size=1)
     model = new_model(nano(), seed=0)
-    seen = []
-    compute = model.compute_rows
-    monkeypatch.setattr(model, "compute_rows", lambda token_ids: seen.append(token_ids) or compute(token_ids))
+    module, seen = training_model(model, config=config), []
+    compute = module.compute_rows
+    monkeypatch.setattr(module, "compute_rows", lambda token_ids: seen.append(token_ids) or compute(token_ids))
     steps = ShuffledBatches(dataset.train, config=config, batch_size=4)
     values = take_step(
-        training_model(model, config=config),
+        module,
         batches=[steps[0]],
         num_batches=1,
         optimizer=Optimizer(model, config=config),

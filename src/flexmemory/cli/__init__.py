@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import traceback
 
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if args else 2
     if args[0] not in VERBS:
         return _fail(f"unknown verb {args[0]!r}{nearest(args[0], VERBS)}\n\n{_usage()}", code=2)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    is_main = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks for all
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         return importlib.import_module(f"flexmemory.cli.{args[0]}").main(args[1:])
     except (ValueError, OSError, ImportError) as error:

@@ -29,10 +29,11 @@ def rotary_table(
     return torch.stack((angles.cos(), angles.sin())).to(torch.promote_types(dtype, torch.float32))
 
 
-def rotate(x: Float[Tensor, "B H T E"], rotary: Float[Tensor, "2 T E"]) -> Float[Tensor, "B H T E"]:
+def rotate(x: Float[Tensor, "B T H E"], rotary: Float[Tensor, "2 T E"]) -> Float[Tensor, "B T H E"]:
     """Turn each head vector by the angle of its position."""
     first, second = x.chunk(2, dim=-1)
-    return (x * rotary[0] + torch.cat((-second, first), dim=-1) * rotary[1]).to(x.dtype)
+    cosines, sines = rotary.unsqueeze(2)  # (T, 1, E) each
+    return (x * cosines + torch.cat((-second, first), dim=-1) * sines).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -58,9 +59,11 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Attend to this and earlier tokens; `mask` is needed only for several new tokens after cached ones."""
         batch, length, _ = x.shape
-        heads = self.qkv(x).view(batch, length, -1, self.head_size).transpose(1, 2)  # (B, H+2G, T, E)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        # Heads of a position side by side in memory, from the projection to the output: nothing is copied to reorder.
+        heads = self.qkv(x).view(batch, length, -1, self.head_size)  # (B, T, H+2G, E)
+        turned = rotate(heads[:, :, : self.num_heads + self.num_kv_heads], rotary)
+        query, key = turned.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)
+        value = heads[:, :, -self.num_kv_heads :].transpose(1, 2)  # (B, G, T, E)
         if kv_cache is not None:
             key, value = kv_cache.update(key, value, self.layer)  # (B, G, S, E)
         attended = F.scaled_dot_product_attention(

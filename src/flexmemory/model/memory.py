@@ -27,6 +27,10 @@ class Rows(Protocol):
         """The rows that layer `layer` adds to the residual stream."""
         ...
 
+    def embeddings(self) -> Float[Tensor, "B T D"] | None:
+        """The input embeddings, or None where the model looks them up."""
+        ...
+
 
 class MemoryRows:
     """A table of rows and an index into it.
@@ -49,6 +53,9 @@ class MemoryRows:
         rows = self._layers.get(layer)
         return None if rows is None else F.embedding(self.index, rows)
 
+    def embeddings(self) -> None:
+        """None: the model looks them up."""
+
 
 class ScaledRows:
     """Rows times a factor per layer: the alpha probe (Table 1) and, with factor 0, dropped layers (Fig. 12)."""
@@ -63,6 +70,10 @@ class ScaledRows:
         alpha = self._alphas[layer]
         rows = None if alpha == 0 else self._rows.layer(layer)
         return rows if rows is None or alpha == 1 else rows * alpha
+
+    def embeddings(self) -> Float[Tensor, "B T D"] | None:
+        """Those of the rows that are scaled."""
+        return self._rows.embeddings()
 
 
 class LayerMemory(nn.Module):

@@ -173,7 +173,9 @@ class Transformer(nn.Module):
         self._check(token_ids, start)
         if rows is None and self.config.has_memory:
             rows = self.rows(token_ids)
-        x = self.embedding(token_ids)  # (B, T, D)
+        x = None if rows is None else rows.embeddings()
+        if x is None:
+            x = self.embedding(token_ids)  # (B, T, D)
         length = token_ids.shape[1]
         rotary = rotary_table(
             start,

@@ -1,8 +1,8 @@
 """Rows in training: a table of them is computed once and detached, and its gradient summed apart, in fp32.
 
 The loss reaches FFN-M only through the table, so one backward pass through FFN-M with the sum of all micro-batches'
-gradients gives the gradient of the sum. Dimension key: B batch, T tokens, U unique ids, L layers, D model width,
-N positions.
+gradients gives the gradient of the sum. The input embedding is a lookup of the same kind and comes last in the table,
+after the layers. Dimension key: B batch, T tokens, U unique ids, L layers, D model width, N positions.
 """
 
 from __future__ import annotations
@@ -15,18 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from flexmemory.model.memory import MemoryRows, Rows
+from flexmemory.model.memory import Rows
 from flexmemory.train.parallel import RowExchange
-
-AddRows = Callable[[Tensor, Tensor, Tensor], Any]
-
-
-def add_rows(total: Float[Tensor, "U D"], index: Int[Tensor, " N"], values: Float[Tensor, "N D"]) -> None:
-    """Add row n of `values` to row `index[n]` of `total`, in the dtype of `total`.
-
-    Deterministic on a CPU, and on a GPU under `torch.use_deterministic_algorithms`.
-    """
-    total.index_add_(0, index, values.to(total.dtype))
 
 
 class TrainedRows:
@@ -38,7 +28,6 @@ class TrainedRows:
         unique_ids: Int[Tensor, " U"],
         *,
         num_unique: int,
-        add: AddRows = add_rows,
         exchange: RowExchange | None = None,
     ) -> None:
         """Compute the rows of `unique_ids` by `compute`, or each by its owner with an `exchange`.
@@ -48,19 +37,16 @@ class TrainedRows:
         self.num_computed = num_unique if exchange is None else exchange.num_owned
         """Rows computed here, padding apart."""
         self._exchange = exchange
-        self._add = add
         self._computed = compute(unique_ids if exchange is None else exchange.owned_ids.to(unique_ids.device))
         rows = self._computed.detach()
-        self.table: Float[Tensor, "U L D"] = rows if exchange is None else exchange.rows(rows)
-        """Rows of each unique id in every layer."""
+        self.table: Float[Tensor, "U L+1 D"] = rows if exchange is None else exchange.rows(rows)
+        """Rows of each unique id in every layer, then its embedding."""
         wide = torch.promote_types(rows.dtype, torch.float32)
         self._gradient = torch.zeros_like(self.table, dtype=wide) if self._computed.requires_grad else None
 
     def at(self, index: Int[Tensor, "B T"]) -> Rows:
         """The rows of a batch, whose backward pass adds to the gradient."""
-        if self._gradient is None:
-            return MemoryRows(self.table, index)
-        return _BatchRows(self.table, self._gradient, index, self._add)
+        return _BatchRows(self.table, self._gradient, index)
 
     def backward(self) -> None:
         """The backward pass through what computed the rows."""
@@ -71,14 +57,23 @@ class TrainedRows:
 
 
 class _BatchRows:
-    """Rows of one batch during training."""
+    """Rows and embeddings of one batch during training."""
 
-    def __init__(self, table: Tensor, gradient: Tensor, index: Tensor, add: AddRows) -> None:
-        self._table, self._gradient, self._index, self._add = table, gradient, index, add
+    def __init__(self, table: Tensor, gradient: Tensor | None, index: Tensor) -> None:
+        self._table, self._gradient, self._index = table, gradient, index
         self._anchor = torch.zeros((), device=table.device, requires_grad=True)
+        self._sorted = None
+        if index.is_cuda and gradient is not None and not torch.are_deterministic_algorithms_enabled():
+            self._sorted = index.flatten().sort()
 
-    def layer(self, layer: int) -> Tensor | None:
-        return _Gather.apply(self._anchor, self._table[:, layer], self._gradient[:, layer], self._index, self._add)
+    def layer(self, layer: int) -> Tensor:
+        rows = self._table[:, layer]
+        if self._gradient is None:
+            return F.embedding(self._index, rows)
+        return _Gather.apply(self._anchor, rows, self._gradient[:, layer], self._index, self._sorted)
+
+    def embeddings(self) -> Tensor:
+        return self.layer(self._table.shape[1] - 1)
 
 
 class _Gather(torch.autograd.Function):
@@ -88,13 +83,20 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, rows: Tensor, gradient: Tensor, index: Tensor, add: AddRows) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.gradient, ctx.add = gradient, add
+    def forward(
+        ctx: Any, anchor: Tensor, rows: Tensor, gradient: Tensor, index: Tensor, by_row: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        ctx.gradient, ctx.index, ctx.by_row = gradient, index, by_row
         return F.embedding(index, rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        (index,) = ctx.saved_tensors
-        ctx.add(ctx.gradient, index.flatten(), grads[0].flatten(0, 1))
+        values = grads[0].flatten(0, 1)
+        if ctx.by_row is None:
+            ctx.gradient.index_add_(0, ctx.index.flatten(), values.to(ctx.gradient.dtype))
+        else:
+            from flexmemory.train.kernels import add_sorted_rows  # Triton is there where a GPU is
+
+            ids, order = ctx.by_row
+            add_sorted_rows(ctx.gradient, ids, order, values.contiguous())
         return (None,) * 5

@@ -25,7 +25,7 @@ from flexmemory.train.loss import LogitsLoss, head_loss, logits_loss_and_gradien
 from flexmemory.train.optimizer import Optimizer
 from flexmemory.train.parallel import RowExchange, World, set_last_backward, spread
 from flexmemory.train.phases import Phases
-from flexmemory.train.rows import AddRows, TrainedRows, add_rows
+from flexmemory.train.rows import TrainedRows
 
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
@@ -34,7 +34,7 @@ ATTENTION = [
     SDPBackend.MATH,
 ]
 """Fastest first (docs/log.md); the first that knows the device and the head's width is taken."""
-KEPT_ROWS = 1.5
+KEPT_ROWS = 1.25
 """Rows whose activations are kept, at most, as a multiple of the positions of a micro-batch."""
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,8 @@ class TrainingModel(nn.Module):
         self.world = world
         self.phases = Phases(world.device)
         self.logits_loss: LogitsLoss = logits_loss_and_gradient
-        self.add_rows: AddRows = add_rows
-        self.recomputes = False
-        """Whether FFN-M's activations are computed again in its backward pass."""
+        self.kept_layers = model.config.num_layers
+        """Layers whose FFN-M keeps its activations for the backward pass; the others compute them again."""
 
     @property
     def micro_steps(self) -> int:
@@ -60,8 +59,10 @@ class TrainingModel(nn.Module):
         return self.config.micro_steps // self.world.size
 
     def compute_rows(self, unique_ids: Tensor) -> Tensor:
-        """Rows (U, L, D) of `unique_ids` (U,)."""
-        return self.model.compute_rows(unique_ids)
+        """Rows and embeddings of `unique_ids` (U,) as one table (U, L + 1, D)."""
+        embeddings = self.model.embedding(unique_ids)
+        rows = [memory(unique_ids, embeddings) for memory in self.model.memories]
+        return torch.stack([*rows, embeddings], dim=1)
 
     def rows(self, batch: Batch) -> TrainedRows | None:
         """The rows of a batch's unique ids, on the device of the model; None for a dense model."""
@@ -71,12 +72,11 @@ class TrainingModel(nn.Module):
         if self.config.rows_per == "job" and self.world.size > 1:
             exchange = RowExchange(batch.unique_ids, world=self.world).to(device)
         # The dense model keeps its FFN's activations for each position of a micro-batch: keep not many more.
-        self.recomputes = len(batch.unique_ids) > KEPT_ROWS * self.config.micro_batch_size * self.config.seq_len
+        kept = KEPT_ROWS * self.config.micro_batch_size * self.config.seq_len / len(batch.unique_ids)
+        self.kept_layers = int(kept * self.model.config.num_layers)
         with self.phases.phase("rows"):
             unique_ids = batch.unique_ids.to(device)
-            return TrainedRows(
-                self.compute_rows, unique_ids, num_unique=batch.num_unique, add=self.add_rows, exchange=exchange
-            )
+            return TrainedRows(self.compute_rows, unique_ids, num_unique=batch.num_unique, exchange=exchange)
 
     def forward(self, batch: Batch, rows: Rows | None, share: float = 1.0) -> tuple[Tensor, Tensor]:
         """`share` times the loss to minimise, and `share` times the cross entropy in it."""
@@ -134,23 +134,22 @@ def _compile(module: TrainingModel) -> None:
         if isinstance(block, MemoryBlock) and block.memory is not None:
             block.memory.forward = compiled(block.memory.forward, dynamic=True)  # unique ids vary in number
     module.logits_loss = compiled(logits_loss_and_gradient)
-    module.add_rows = compiled(add_rows, dynamic=True)
 
 
 def _recompute_memories(module: TrainingModel) -> None:
-    """Let memories compute their activations again in the backward pass where `module.recomputes` says so."""
+    """Let memories compute their activations again in the backward pass, but for the first `module.kept_layers`."""
 
-    def recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recomputing(forward: Callable[..., Any], layer: int) -> Callable[..., Any]:
         def choose(*inputs: Tensor) -> Any:
-            if not module.recomputes or not torch.is_grad_enabled():
+            if layer < module.kept_layers or not torch.is_grad_enabled():
                 return forward(*inputs)
             return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 
         return choose
 
-    for block in module.model.blocks:
+    for layer, block in enumerate(module.model.blocks):
         if isinstance(block, MemoryBlock) and block.memory is not None:
-            block.memory.forward = recomputing(block.memory.forward)
+            block.memory.forward = recomputing(block.memory.forward, layer)
 
 
 def rows_fit(module: TrainingModel, *, num_unique: int, free_bytes: int) -> bool:
