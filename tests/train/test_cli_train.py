@@ -1,5 +1,6 @@
 """`flexmemory train` as a user runs it: options, exit codes, signals, kills and full disks of real processes."""
 
+import contextlib
 import os
 import resource
 import shlex
@@ -218,3 +219,31 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing_saved(prepared, tmp_path, c
     assert newest_whole(out).path == good
     assert main(arguments(prepared, out, "--resume")) == 0
     assert newest_whole(out).path.name == "step-00000012"
+
+
+def test_a_tracker_gets_the_lines_of_the_metrics(prepared, tmp_path, monkeypatch):
+    tracked = []
+
+    @contextlib.contextmanager
+    def tracking(name, *, run, step):
+        tracked.append((name, run, step))
+        yield tracked.append
+
+    monkeypatch.setattr(loop, "check_tracker", lambda _name: None)
+    monkeypatch.setattr(loop, "tracking", tracking)
+    for steps, options in ((10, ()), (12, ("--resume",))):
+        out = tmp_path / "run"
+        assert main(arguments(prepared, out, "--track", "wandb", "--eval-every", "5", *options, steps=steps)) == 0
+    begun = [entry for entry in tracked if isinstance(entry, tuple)]
+    assert begun == [("wandb", tmp_path / "run", 0), ("wandb", tmp_path / "run", 10)]
+    assert [entry for entry in tracked if not isinstance(entry, tuple)] == read_lines(tmp_path / "run/metrics.jsonl")
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_stops_the_run_before_it_begins(
+    prepared, tmp_path, monkeypatch, capsys, tracker
+):
+    monkeypatch.setitem(sys.modules, tracker, None)
+    assert main(arguments(prepared, tmp_path / "run", "--track", tracker)) == 2
+    assert f"pip install {tracker}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,14 +1,12 @@
-"""Metrics: divergence is seen at its step, lines survive interruption, the plot is optional."""
+"""Metrics: divergence is seen at its step, lines survive interruption."""
 
 import json
-import logging
 import math
-import sys
 
 import pytest
 import torch
 
-from flexmemory.train.metrics import Meter, append_line, can_plot, drop_after, plot_losses, read_lines
+from flexmemory.train.metrics import Meter, append_line, drop_after, read_lines
 from flexmemory.train.step import StepValues
 
 
@@ -65,16 +63,3 @@ def test_lines_after_a_step_and_half_lines_are_dropped(tmp_path):
     assert [line["step"] for line in read_lines(path)] == list(range(1, 9))
     drop_after(path, step=5)
     assert read_lines(path) == [{"step": step, "text": "line\u2028separator é"} for step in range(1, 6)]
-
-
-def test_plot(tmp_path):
-    append_line(tmp_path / "m.jsonl", {"step": 1, "tokens": 8, "ce": 3.0})
-    plot_losses({"run": tmp_path / "m.jsonl"}, image=tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_a_warning_says_what_to_install(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with caplog.at_level(logging.WARNING):
-        assert not can_plot()
-    assert "pip install 'flexmemory[train]'" in caplog.text

@@ -148,7 +148,10 @@ def test_a_signal_to_all_ends_all_after_one_checkpoint(prepared, tmp_path):
         os.kill(worker, signal.SIGTERM)
     code, said = ended(process)
     assert code != 0
-    assert f"stopped by SIGTERM; saved {list_checkpoints(out)[-1]}; to go on: flexmemory train nano-memory" in said
+    assert (
+        f"stopped by SIGTERM; saved {list_checkpoints(out)[-1]}; to go on: torchrun --nproc-per-node=2 -m flexmemory train nano-memory"
+        in said
+    )
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_all(prepared, tmp_path):

@@ -20,6 +20,7 @@ VERBS = {
     "info": "parameters, bytes and operations of a preset or checkpoint",
     "prepare": "turn text into token shards",
     "train": "train a preset on prepared data",
+    "plot": "compare runs: loss by tokens, time and compute",
     "tol": "build, describe or verify token-wise lookups",
     "generate": "continue a prompt",
     "eval": "measure a checkpoint",

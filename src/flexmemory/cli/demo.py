@@ -37,7 +37,8 @@ from flexmemory.tol.build import build_store
 from flexmemory.tol.store import ToLStore
 from flexmemory.train.data import TokenDataset
 from flexmemory.train.loop import train
-from flexmemory.train.metrics import plot_losses, read_lines
+from flexmemory.train.metrics import read_lines
+from flexmemory.train.plot import plot_losses
 from flexmemory.train.prepare import prepare
 
 VARIANTS = ("base", "memory", "flex3")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 import shlex
 import signal
 import sys
@@ -19,6 +20,7 @@ from flexmemory.config import ModelConfig, TrainConfig
 from flexmemory.presets import get_preset
 from flexmemory.train.loop import TrainResult, read_run_config, train
 from flexmemory.train.mixture import Mixture
+from flexmemory.train.track import TrackerName
 
 PROG = "flexmemory train PRESET"
 HELP_PRESET = "small-memory"
@@ -32,6 +34,7 @@ class Arguments(NamedTuple):
     out: Path
     resume: bool
     device: str
+    track: TrackerName
     recipe: TrainConfig
     model: ModelConfig
 
@@ -53,6 +56,7 @@ def parse(options: list[str], *, model: ModelConfig, recipe: TrainConfig) -> Arg
         out: Path,
         resume: tyro.conf.FlagCreatePairsOff[bool] = False,
         device: str = "auto",
+        track: TrackerName = "none",
         recipe: Annotated[TrainConfig, tyro.conf.arg(name="")] = recipe,
         model: ModelConfig = model,
     ) -> Arguments:
@@ -66,10 +70,11 @@ def parse(options: list[str], *, model: ModelConfig, recipe: TrainConfig) -> Arg
             out: Folder of the run: checkpoints, metrics, samples.
             resume: Go on from the newest checkpoint of `out`, with that run's options where none are given.
             device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
+            track: Send metrics to TensorBoard (RUN/tensorboard) or Weights & Biases as well; either must be installed.
             recipe: The recipe.
             model: The model; its vocabulary follows the data.
         """
-        return Arguments(tuple(itertools.chain.from_iterable(data)), out, resume, device, recipe, model)
+        return Arguments(tuple(itertools.chain.from_iterable(data)), out, resume, device, track, recipe, model)
 
     return tyro.cli(arguments, args=options, prog=PROG)
 
@@ -118,15 +123,27 @@ def main(argv: list[str]) -> int:
         out=args.out,
         resume=args.resume,
         device=args.device,
+        track=args.track,
         argv=argv,
     )
+    is_main = os.environ.get("RANK", "0") == "0"
     if result.signal is not None:
-        command = shlex.join(["flexmemory", "train", name, "--data", *args.data, "--out", str(args.out), "--resume"])
-        stopped_by = signal.Signals(result.signal).name
-        print(f"stopped by {stopped_by}; saved {result.checkpoint}; to go on: {command}", file=sys.stderr)
+        if is_main:
+            stopped_by = signal.Signals(result.signal).name
+            command = _command_to_go_on(name, args)
+            print(f"stopped by {stopped_by}; saved {result.checkpoint}; to go on: {command}", file=sys.stderr)
         return 128 + result.signal
-    print(_summary(result, recipe=args.recipe))
+    if is_main:
+        print(_summary(result, recipe=args.recipe))
     return 0
+
+
+def _command_to_go_on(preset: str, args: Arguments) -> str:
+    start = ["flexmemory"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        start = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", "-m", "flexmemory"]
+    tracker = [] if args.track == "none" else ["--track", args.track]
+    return shlex.join([*start, "train", preset, "--data", *args.data, "--out", str(args.out), *tracker, "--resume"])
 
 
 def _summary(result: TrainResult, *, recipe: TrainConfig) -> str:

@@ -39,14 +39,16 @@ from flexmemory.provenance import provenance
 from flexmemory.storage import read_json, write_json
 from flexmemory.train import checkpoint as checkpoints
 from flexmemory.train.data import Batch, Prefetcher, SequentialBatches, ShuffledBatches
-from flexmemory.train.metrics import Meter, append_line, can_plot, drop_after, plot_losses
+from flexmemory.train.metrics import Meter, append_line, drop_after
 from flexmemory.train.mixture import Mixture
 from flexmemory.train.optimizer import Optimizer
 from flexmemory.train.parallel import World, gathered, join
+from flexmemory.train.plot import can_plot, plot_losses
 from flexmemory.train.sample import sample_text
 from flexmemory.train.schedule import learning_rate
 from flexmemory.train.step import evaluate, rows_fit, take_step, training_model, uses_bf16
 from flexmemory.train.stop import StopSignal
+from flexmemory.train.track import Track, TrackerName, check_tracker, tracking
 
 SAMPLE_TOKENS = 128
 _FIXED = ("batch_tokens", "seq_len", "seed")
@@ -77,6 +79,7 @@ def train(
     out: Path,
     resume: bool = False,
     device: str = "auto",
+    track: TrackerName = "none",
     argv: Sequence[str] = (),
 ) -> TrainResult:
     """Train a model on prepared data; SIGINT and SIGTERM end it early, after a checkpoint.
@@ -89,6 +92,7 @@ def train(
         resume: Go on from the newest checkpoint of `out`. Model, data, seed, `seq_len` and `batch_tokens` must be the
             run's own; the rest of the recipe may change from here on.
         device: `cpu`, `cuda`, `cuda:1` ..., or `auto`: the GPU where there is one.
+        track: Where metrics go besides the run's folder.
         argv: The command line, to be recorded.
 
     Raises:
@@ -96,7 +100,9 @@ def train(
         FileNotFoundError: there is no prepared data, or nothing to resume.
         OSError: the run folder cannot be written.
         FloatingPointError: the loss diverged or is not finite; earlier checkpoints are as they were.
+        ImportError: the tracker is not installed.
     """
+    check_tracker(track)
     with join(device) as world, lost_processes_explained(out, world):
         dataset = Mixture.open(data)
         _check_fit(model_config, train_config=train_config, dataset=dataset, world=world)
@@ -112,7 +118,8 @@ def train(
         )
         if world.is_main:
             write_json(out / "config.json", _describe(run, argv=argv))
-        return run.train()
+        with tracking(track if world.is_main else "none", run=out, step=run.step) as run.track:
+            return run.train()
 
 
 @contextlib.contextmanager
@@ -182,6 +189,7 @@ class _Run:
         self.train_batches = self._train_batches()
         self.meter = Meter(margin=train_config.divergence_margin, roles=self.optimizer.roles, world=world)
         self.plots = world.is_main and can_plot()
+        self.track: Track = lambda _values: None
         self.step = 0
         self.flops = self.train_s = 0.0
         self.val_loss: float | None = None
@@ -325,6 +333,7 @@ class _Run:
     def _write(self, values: Mapping[str, Any]) -> None:
         if self.world.is_main:
             append_line(self.out / "metrics.jsonl", values)
+            self.track(values)
 
     def _validate(self) -> None:
         now = {"step": self.step, "tokens": self.step * self.config.batch_tokens}

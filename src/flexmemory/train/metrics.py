@@ -1,10 +1,8 @@
-"""What a run measures: values per step, lines of JSON, a plot."""
+"""What a run measures: values per step, lines of JSON."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,6 @@ from flexmemory.train.parallel import World
 from flexmemory.train.step import StepValues
 
 SMOOTHING = 0.9
-logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -113,30 +110,3 @@ def drop_after(path: Path, *, step: int) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is there; if not, a warning says how to get it."""
-    found = importlib.util.find_spec("matplotlib") is not None
-    if not found:
-        logger.warning("no loss.png: matplotlib is not installed; pip install 'flexmemory[train]'")
-    return found
-
-
-def plot_losses(runs: Mapping[str, Path], *, image: Path) -> None:
-    """Draw training (thin) and validation (marked) cross entropy by tokens from the metrics files of named runs."""
-    from matplotlib.figure import Figure  # optional and slow to import
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, metrics) in enumerate(runs.items()):
-        lines = read_lines(metrics)
-        for key, label, line_width, marker in (("ce", "training", 0.8, None), ("val_loss", "validation", 1.8, "o")):
-            points = [(line["tokens"], line[key]) for line in lines if key in line]
-            if points:
-                style = {"color": f"C{number}", "marker": marker, "linewidth": line_width}
-                axes.plot(*zip(*points, strict=True), label=f"{name} {label}", **style)
-    axes.legend()
-    axes.set(xlabel="tokens", ylabel="cross entropy (nats per token)")
-    axes.grid(visible=True, alpha=0.3)
-    figure.savefig(image, dpi=120)
