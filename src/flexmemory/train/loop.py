@@ -46,7 +46,7 @@ from flexmemory.train.parallel import World, gathered, join
 from flexmemory.train.plot import can_plot, plot_losses
 from flexmemory.train.sample import sample_text
 from flexmemory.train.schedule import learning_rate
-from flexmemory.train.step import evaluate, rows_fit, take_step, training_model, uses_bf16
+from flexmemory.train.step import choose_rows, evaluate, take_step, training_model, uses_bf16
 from flexmemory.train.stop import StopSignal
 from flexmemory.train.track import Track, TrackerName, check_tracker, tracking
 
@@ -223,10 +223,15 @@ class _Run:
             tokens, config=config, batch_size=config.batch_tokens // config.seq_len // self.world.size
         )
         if config.rows_per == "auto":
-            num_unique, free_bytes = shares[0].num_unique, free_memory(self.world.device)
-            fits = rows_fit(self.module, num_unique=num_unique, free_bytes=free_bytes)
-            if self.world.any(not fits):
+            rows_per = choose_rows(
+                self.module,
+                shares[self.world.rank],
+                matmul_flops_per_s=self.matmul_rate,
+                free_bytes=free_memory(self.world.device),
+            )
+            if rows_per == "micro-batch":
                 return micro_batches
+            self.module.rows_per = rows_per
         return shares
 
     def train(self) -> TrainResult:

@@ -98,8 +98,15 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of `path`; a last line that was cut off in writing is left out."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]]
+    """All lines of `path`; a last line that was cut off in writing is left out.
+
+    Raises:
+        ValueError: they are not JSON objects.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]]
+    if not all(isinstance(line, dict) for line in lines):
+        raise ValueError(f"{path} does not hold metrics: expected a JSON object on every line")
+    return lines
 
 
 def drop_after(path: Path, *, step: int) -> None:

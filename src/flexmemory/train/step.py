@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,11 @@ from flexmemory.config import TrainConfig
 from flexmemory.model.accounting import row_training_bytes
 from flexmemory.model.memory import Rows
 from flexmemory.model.transformer import MemoryBlock, Transformer
+from flexmemory.train.cost import rows_job_pays
 from flexmemory.train.data import Batch
 from flexmemory.train.loss import LogitsLoss, head_loss, logits_loss_and_gradient
 from flexmemory.train.optimizer import Optimizer
-from flexmemory.train.parallel import RowExchange, World, set_last_backward, spread
+from flexmemory.train.parallel import RowExchange, World, exchange_rate, set_last_backward, spread
 from flexmemory.train.phases import Phases
 from flexmemory.train.rows import TrainedRows
 
@@ -50,6 +51,8 @@ class TrainingModel(nn.Module):
         self.world = world
         self.phases = Phases(world.device)
         self.logits_loss: LogitsLoss = logits_loss_and_gradient
+        self.rows_per = config.rows_per
+        """What rows are computed once per; `auto` counts as the step until `choose_rows` has chosen."""
         self.kept_layers = model.config.num_layers
         """Layers whose FFN-M keeps its activations for the backward pass; the others compute them again."""
 
@@ -69,7 +72,7 @@ class TrainingModel(nn.Module):
         if not self.model.config.has_memory:
             return None
         device, exchange = self.world.device, None
-        if self.config.rows_per == "job" and self.world.size > 1:
+        if self.rows_per == "job" and self.world.size > 1:
             exchange = RowExchange(batch.unique_ids, world=self.world).to(device)
         # The dense model keeps its FFN's activations for each position of a micro-batch: keep not many more.
         kept = KEPT_ROWS * self.config.micro_batch_size * self.config.seq_len / len(batch.unique_ids)
@@ -111,9 +114,11 @@ def training_model(model: Transformer, *, config: TrainConfig, world: World | No
     bf16 = uses_bf16(config, world.device)
     if bf16 or world.size > 1:
         memories = [block.memory for block in model.blocks if isinstance(block, MemoryBlock) and block.memory]
+        # An embedding of its own gets its gradient from the table alone, so it cannot be summed with the head's.
+        own = [] if model.config.tie_embeddings else [model.embedding]
         spread(
             module,
-            units=list(model.blocks),
+            units=[*model.blocks, *own],
             brief_units=memories,
             methods=["compute_rows"],
             bf16=bf16,
@@ -168,6 +173,43 @@ def rows_fit(module: TrainingModel, *, num_unique: int, free_bytes: int) -> bool
         "step" if fits else "micro-batch",
     )
     return fits
+
+
+def choose_rows(
+    module: TrainingModel, first: Batch, *, matmul_flops_per_s: float, free_bytes: int
+) -> Literal["job", "step", "micro-batch"]:
+    """What `rows_per="auto"` means for a run whose first share of a step is `first`.
+
+    The job's ids are counted and the speed of an exchange measured, by all processes together.
+    """
+    world = module.world
+    fits = rows_fit(module, num_unique=first.num_unique, free_bytes=free_bytes)
+    if world.any(not fits):
+        return "micro-batch"
+    if world.size == 1:
+        return "step"
+    occurs = torch.zeros(module.model.config.vocab_size)
+    occurs[first.unique_ids] = 1.0
+    job_ids = int((world.sum(occurs) > 0).sum())
+    choice = rows_job_pays(
+        module.model.config,
+        rank_ids=first.num_unique,
+        job_ids=job_ids,
+        world_size=world.size,
+        matmul_flops_per_s=matmul_flops_per_s,
+        exchange_bytes_per_s=exchange_rate(world),
+    )
+    pays = not world.any(not choice.pays)
+    logger.info(
+        "%s unique ids in all processes, %s in one: computing each once in the job saves %.1f ms a step and exchanging "
+        "rows takes %.1f ms: once per %s",
+        f"{job_ids:,}",
+        f"{first.num_unique:,}",
+        1e3 * choice.saved_s,
+        1e3 * choice.exchange_s,
+        "job" if pays else "step",
+    )
+    return "job" if pays else "step"
 
 
 class StepValues(NamedTuple):
