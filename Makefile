@@ -31,14 +31,14 @@ test-gpu: setup
 	$(BIN)/python -m pytest -q -o addopts= -m "gpu and compile"
 
 lint: setup
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks models
+	$(BIN)/ruff check src tests benchmarks models
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/codespell src tests docs *.md
+	$(BIN)/codespell src tests benchmarks models docs *.md
 
 format: setup
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests benchmarks models
+	$(BIN)/ruff check --fix src tests benchmarks models
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -24,9 +24,38 @@ def demo_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def train_table(results: dict) -> str:
+    """Training speed and memory as Markdown, each model beside the dense one of its size and step."""
+    entries = results["entries"]
+    dense = {(entry["size"], entry["batch_tokens"]): entry for entry in entries if entry["variant"] == "dense"}
+    lines = [
+        "| | tokens a step | tokens/s | to dense | FLOPs a token, to dense | of the matrix rate | peak memory, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for entry in entries:
+        base = dense[entry["size"], entry["batch_tokens"]]
+        name = {"flex3": "flex-3"}.get(entry["variant"], entry["variant"])
+        cells = [
+            f"{entry['size']} {name}",
+            f"{entry['batch_tokens']:,}",
+            f"{entry['tokens_per_s']:,.0f}",
+            f"{entry['tokens_per_s'] / base['tokens_per_s']:.2f}",
+            f"1 / {base['flops_per_token'] / entry['flops_per_token']:.2f}",
+            f"{entry['mfu']:.0%}",
+            f"{entry['peak_memory_bytes'] / 1e9:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    where = results["provenance"]
+    lines += ["", f"{where['gpu']}, torch {where['torch']}, Python {where['python']}, commit {where['commit']}."]
+    return "\n".join(lines)
+
+
 def render(text: str) -> str:
     """`text` with every generated section made anew."""
-    sections = {"demo": demo_table(json.loads((RESULTS / "demo.json").read_text()))}
+    sections = {
+        "demo": demo_table(json.loads((RESULTS / "demo.json").read_text())),
+        "train": train_table(json.loads((RESULTS / "train.json").read_text())),
+    }
     for name, content in sections.items():
         pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda match, new=content: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)

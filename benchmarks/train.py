@@ -93,7 +93,8 @@ def measure(
     flops = train_flops_per_token(model_config, unique_share=share, seq_len=config.seq_len)
     tokens_per_s = batch_tokens / statistics.median(seconds)
     figures = {
-        "model": name,
+        "size": name.partition("-")[0],
+        "variant": name.partition("-")[2].replace("base", "dense"),
         "batch_tokens": batch_tokens,
         "rows_per": rows_per if model_config.has_memory else None,
         "tokens_per_s": tokens_per_s,
@@ -125,9 +126,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device, dataset = resolve_device(options.device), TokenDataset.open(options.data)
-    results: dict[str, Any] = {"provenance": provenance(), "runs": []}
+    results: dict[str, Any] = {"provenance": provenance(), "entries": []}
     if options.out.exists():
-        results["runs"] = json.loads(options.out.read_text())["runs"]
+        results["entries"] = json.loads(options.out.read_text())["entries"]
     for size in options.sizes:
         for batch_tokens in options.batch_tokens:
             for variant in options.variants:
@@ -139,12 +140,12 @@ def main() -> None:
                     count=options.steps,
                     rows_per=options.rows_per,
                 )
-                results["runs"].append(figures)
+                results["entries"].append(figures)
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
                 peak = (figures["peak_memory_bytes"] or 0) / 1e9
                 phases = {key: round(value, 3) for key, value in figures["phases_s"].items()}
                 print(
-                    f"{figures['model']:12} {batch_tokens:8,} a step: {figures['tokens_per_s']:10,.0f} tokens/s, "
+                    f"{size}-{variant:8} {batch_tokens:8,} a step: {figures['tokens_per_s']:10,.0f} tokens/s, "
                     f"MFU {figures['mfu']:.3f} of {figures['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s, {peak:.1f} GB, "
                     f"unique {figures['unique_share']:.3f}, {phases}",
                     flush=True,

@@ -1,9 +1,8 @@
 """Named models: the paper's sizes, one line each, and small families of our own.
 
 The paper's presets (`250m`, `750m`, `1b`) have exactly its sizes (Table 5, with the errata of docs/architecture.md) and
-its recipe (Table 3). It does not give the number of heads: theirs are as wide as fast attention kernels want, 128 where
-that divides the width (as in LLaMA), else 64. `nano` is for tests, `demo` for `flexmemory demo`, `mini` (8.4M
-parameters) for the models in this repository, `small` (about 27M) trains overnight on a laptop and in minutes on a GPU.
+its recipe (Table 3). `nano` is for tests, `demo` for `flexmemory demo`, `mini` (8.4M parameters) for the models in this
+repository, `small` (about 27M parameters) trains overnight on a laptop and in minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ _DEMO_RECIPE = TrainConfig(
     eval_every=30, eval_tokens=32_768, save_every=60,
 )  # fmt: skip
 _MINI_RECIPE = TrainConfig(
-    total_tokens=500_039_680, batch_tokens=131_072, seq_len=512, micro_batch_size=128, lr=3e-3, lr_final=1e-4,
+    total_tokens=256_507_904, batch_tokens=131_072, seq_len=512, micro_batch_size=128, lr=3e-3, lr_final=1e-4,
     warmup_steps=100, log_every=20, eval_every=200, save_every=1000, keep_checkpoints=1,
 )  # fmt: skip
 _SMALL_RECIPE = TrainConfig(
@@ -73,9 +72,9 @@ _SMALL_RECIPE = TrainConfig(
 )  # fmt: skip
 
 _FAMILIES = {
-    "250m": _Family(vocab_size=128_256, hidden_size=960, num_layers=24, num_heads=15, cells=(2560, 2240, 1920, 1600)),
-    "750m": _Family(vocab_size=128_256, hidden_size=1600, num_layers=24, num_heads=25, cells=(4272, 3738, 3200, 2668)),
-    "1b": _Family(vocab_size=128_256, hidden_size=2048, num_layers=24, num_heads=16, cells=(5464, 4778, 4096, 3418)),
+    "250m": _Family(vocab_size=128_256, hidden_size=960, num_layers=24, num_heads=16, cells=(2560, 2240, 1920, 1600)),
+    "750m": _Family(vocab_size=128_256, hidden_size=1600, num_layers=24, num_heads=16, cells=(4272, 3738, 3200, 2668)),
+    "1b": _Family(vocab_size=128_256, hidden_size=2048, num_layers=24, num_heads=32, cells=(5464, 4778, 4096, 3418)),
     "nano": _Family(
         vocab_size=512, hidden_size=48, num_layers=3, num_heads=4, cells=(128, 112, 96, 80), max_seq_len=64,
         tie_embeddings=True, train=_NANO_RECIPE,

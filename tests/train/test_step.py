@@ -162,9 +162,12 @@ def test_the_estimate_of_memory_covers_what_is_kept(name, caplog):
     gradients = 2 * table.nbytes  # the table's gradient and their sum
     assert 0.75 * needed < activations + table.nbytes + gradients <= needed
     module = training_model(model, config=recipe(steps=1))
+    module.layers_to_keep = lambda num_unique: module.model.config.num_layers
     assert rows_fit(module, num_unique=300, free_bytes=2 * needed + 2)
     assert "computed once per step" in caplog.text
     assert not rows_fit(module, num_unique=300, free_bytes=2 * needed)
+    module.layers_to_keep = lambda num_unique: 0
+    assert rows_fit(module, num_unique=300, free_bytes=2 * needed)
     assert "computed once per micro-batch" in caplog.text
 
 
@@ -200,6 +203,24 @@ def test_evaluation_weighs_positions_equally(dataset):
     batch = dataset.validation.batch(range(5), seq_len=32)
     _, expected = next_token_loss(model(batch.token_ids), batch.targets, z_loss=0.0)
     assert value == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_computed_again_change_nothing(precision, batch):
+    def step(kept):
+        module = training_model(new_model(nano("flex1"), seed=0), config=one_batch(batch, precision=precision))
+        module.layers_to_keep = lambda num_unique: kept
+        return gradients(module, batch=batch)
+
+    (loss, found), (expected_loss, expected) = step(1), step(3)
+    assert loss == expected_loss
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_activations_of_few_ids_are_kept():
+    module = training_model(new_model(nano(), seed=0), config=recipe(steps=1))  # micro-batches of 64 positions
+    assert [module.layers_to_keep(number) for number in (40, 80, 81, 160, 1000)] == [3, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -95,15 +95,19 @@ def row_numbers(config: ModelConfig) -> int:
     return config.num_layers * config.hidden_size if config.has_memory else 0
 
 
-def row_training_bytes(config: ModelConfig, *, num_unique: int, bytes_per_number: int) -> int:
+def row_training_bytes(
+    config: ModelConfig, *, num_unique: int, bytes_per_number: int, kept_layers: int | None = None
+) -> int:
     """Memory that training holds for the rows of `num_unique` ids computed at once: an estimate, eager mode's.
 
-    A layer keeps for its backward pass the embedding before and after its norm, gate, up, SiLU of the gate and their
-    product, and makes a row; the table is a copy of the rows, with a gradient in the same dtype and a sum of gradients
-    in fp32.
+    Each of `kept_layers` layers (by default all) keeps for its backward pass the embedding before and after its norm,
+    gate, up, SiLU of the gate and their product. Each layer makes a row; the table is a copy of the rows, with a
+    gradient in the same dtype and a sum of gradients in fp32.
     """
     d, cells = config.hidden_size, config.intermediate_size
-    return num_unique * config.num_layers * ((5 * d + 4 * cells) * bytes_per_number + 4 * d)
+    kept = config.num_layers if kept_layers is None else kept_layers
+    numbers = kept * (2 * d + 4 * cells) + config.num_layers * 3 * d
+    return num_unique * (numbers * bytes_per_number + config.num_layers * 4 * d)
 
 
 def kv_cache_bytes(config: ModelConfig, *, context: int, bytes_per_number: int) -> int:

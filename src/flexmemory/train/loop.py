@@ -217,7 +217,8 @@ class _Run:
         """Batches whose sequences share a table of rows: this process's share of a step, or micro-batches."""
         config, tokens = self.config, self.dataset.train
         micro_batches = ShuffledBatches(tokens, config=config)
-        if config.rows_per == "micro-batch" or self.module.micro_steps == 1 or not self.module.model.config.has_memory:
+        alone = self.module.micro_steps == 1 and self.world.size == 1
+        if config.rows_per == "micro-batch" or alone or not self.module.model.config.has_memory:
             return micro_batches
         shares = ShuffledBatches(
             tokens, config=config, batch_size=config.batch_tokens // config.seq_len // self.world.size
@@ -229,9 +230,9 @@ class _Run:
                 matmul_flops_per_s=self.matmul_rate,
                 free_bytes=free_memory(self.world.device),
             )
+            self.module.rows_per = rows_per
             if rows_per == "micro-batch":
                 return micro_batches
-            self.module.rows_per = rows_per
         return shares
 
     def train(self) -> TrainResult:
@@ -458,6 +459,7 @@ def _describe(run: _Run, *, argv: Sequence[str]) -> dict[str, Any]:
         "data": run.dataset.describe(),
         "device": str(run.world.device),
         "processes": run.world.size,
+        "rows_per": run.module.rows_per if run.module.model.config.has_memory else None,
         "parameters": run.num_parameters,
         "matmul_flops_per_s": run.matmul_rate,
         "argv": list(argv),

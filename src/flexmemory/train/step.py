@@ -61,6 +61,14 @@ class TrainingModel(nn.Module):
         """Forward passes of this process in an optimizer step."""
         return self.config.micro_steps // self.world.size
 
+    def layers_to_keep(self, num_unique: int) -> int:
+        """Layers whose FFN-M is to keep its activations of `num_unique` ids.
+
+        The dense model keeps its FFN's for each position of a micro-batch: keep not many more.
+        """
+        share = KEPT_ROWS * self.config.micro_batch_size * self.config.seq_len / num_unique
+        return int(min(1.0, share) * self.model.config.num_layers)
+
     def compute_rows(self, unique_ids: Tensor) -> Tensor:
         """Rows and embeddings of `unique_ids` (U,) as one table (U, L + 1, D)."""
         embeddings = self.model.embedding(unique_ids)
@@ -74,9 +82,7 @@ class TrainingModel(nn.Module):
         device, exchange = self.world.device, None
         if self.rows_per == "job" and self.world.size > 1:
             exchange = RowExchange(batch.unique_ids, world=self.world).to(device)
-        # The dense model keeps its FFN's activations for each position of a micro-batch: keep not many more.
-        kept = KEPT_ROWS * self.config.micro_batch_size * self.config.seq_len / len(batch.unique_ids)
-        self.kept_layers = int(kept * self.model.config.num_layers)
+        self.kept_layers = self.layers_to_keep(len(batch.unique_ids))
         with self.phases.phase("rows"):
             unique_ids = batch.unique_ids.to(device)
             return TrainedRows(self.compute_rows, unique_ids, num_unique=batch.num_unique, exchange=exchange)
@@ -163,7 +169,12 @@ def rows_fit(module: TrainingModel, *, num_unique: int, free_bytes: int) -> bool
     The other half is for gradients, optimizer state and a micro-batch's activations.
     """
     number = 2 if uses_bf16(module.config, module.world.device) else 4
-    needed = row_training_bytes(module.model.config, num_unique=num_unique, bytes_per_number=number)
+    needed = row_training_bytes(
+        module.model.config,
+        num_unique=num_unique,
+        bytes_per_number=number,
+        kept_layers=module.layers_to_keep(num_unique),
+    )
     fits = needed < free_bytes // 2
     logger.info(
         "rows of %s unique ids a step take about %.2f GB of %.2f GB free: computed once per %s",
