@@ -11,7 +11,7 @@ from flexmemory.train import loop
 from flexmemory.train.loop import train
 from flexmemory.train.metrics import read_lines
 from flexmemory.train.mixture import Mixture
-from tests.train.conftest import encode, nano, recipe, structured_text, write_prepared
+from tests.train.conftest import assert_same_state, encode, nano, recipe, structured_text, write_prepared
 
 
 @pytest.fixture(autouse=True)
@@ -108,9 +108,7 @@ def test_a_run_on_a_mixture_stopped_and_resumed_is_never_stopped(folders, tmp_pa
         for steps in lengths:
             config = recipe(steps=steps, warmup_steps=0, lr=1e-3, lr_final=1e-3)
             train(nano(), train_config=config, data=names, out=tmp_path / out, resume=steps > lengths[0])
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        whole, parts = (tmp_path / out / "checkpoints" / "step-00000020" / name for out in ("whole", "parts"))
-        assert whole.read_bytes() == parts.read_bytes()
+    assert_same_state(*(tmp_path / out / "checkpoints" / "step-00000020" for out in ("whole", "parts")))
     described = read_json(tmp_path / "whole" / "config.json")["data"]
     assert described == Mixture.open(names).describe()
     assert [folder["weight"] for folder in described["folders"]] == [3, 1]

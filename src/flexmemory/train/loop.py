@@ -14,19 +14,17 @@ main process alone writes.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -38,6 +36,7 @@ from flexmemory.model.init import new_model
 from flexmemory.provenance import provenance
 from flexmemory.storage import read_json, write_json
 from flexmemory.train import checkpoint as checkpoints
+from flexmemory.train.checks import check_fit, check_same_run, lost_processes_explained
 from flexmemory.train.data import Batch, Prefetcher, SequentialBatches, ShuffledBatches
 from flexmemory.train.metrics import Meter, append_line, drop_after
 from flexmemory.train.mixture import Mixture
@@ -51,7 +50,6 @@ from flexmemory.train.stop import StopSignal
 from flexmemory.train.track import Track, TrackerName, check_tracker, tracking
 
 SAMPLE_TOKENS = 128
-_FIXED = ("batch_tokens", "seq_len", "seed")
 logger = logging.getLogger(__name__)
 
 
@@ -105,11 +103,11 @@ def train(
     check_tracker(track)
     with join(device) as world, lost_processes_explained(out, world):
         dataset = Mixture.open(data)
-        _check_fit(model_config, train_config=train_config, dataset=dataset, world=world)
+        check_fit(model_config, train_config=train_config, dataset=dataset, world=world)
         checkpoint = None
         if resume:
             checkpoint = checkpoints.newest_whole(out, world=world)
-            _check_same_run(checkpoint, model_config=model_config, train_config=train_config, dataset=dataset)
+            check_same_run(checkpoint, model_config=model_config, train_config=train_config, dataset=dataset)
         elif found := checkpoints.list_checkpoints(out):
             message = f"{out} already holds a run ({found[-1].name}); add --resume to go on, or use another --out"
             raise ValueError(message)
@@ -120,22 +118,6 @@ def train(
             write_json(out / "config.json", _describe(run, argv=argv))
         with tracking(track if world.is_main else "none", run=out, step=run.step) as run.track:
             return run.train()
-
-
-@contextlib.contextmanager
-def lost_processes_explained(out: Path, world: World) -> Iterator[None]:
-    """Turn the error of a broken connection to another process into one that says how to go on."""
-    try:
-        yield
-    except RuntimeError as error:
-        if world.size == 1 or not (isinstance(error, dist.DistError) or "onnection" in str(error)):
-            raise
-        kept = checkpoints.list_checkpoints(out)
-        advice = (
-            f"run the same command with --resume to go on from {kept[-1]}" if kept else "there is no checkpoint yet"
-        )
-        message = f"process {world.rank} of {world.size} lost another process of the run, which ended; {advice}"
-        raise ConnectionError(message) from error
 
 
 def read_run_config(out: Path) -> tuple[ModelConfig, TrainConfig, list[str]]:
@@ -398,58 +380,6 @@ def _validation_batches(dataset: Mixture, *, config: TrainConfig) -> SequentialB
         logger.warning("no validation: that split holds %d tokens, need seq_len + 1 = %d", tokens, config.seq_len + 1)
         return None
     return SequentialBatches(dataset.validation, config=config, max_tokens=config.eval_tokens)
-
-
-def _check_fit(model_config: ModelConfig, *, train_config: TrainConfig, dataset: Mixture, world: World) -> None:
-    tokens = train_config.seq_len * train_config.micro_batch_size * world.size
-    if train_config.batch_tokens % tokens:
-        raise ValueError(
-            f"batch_tokens ({train_config.batch_tokens}) must be a multiple of seq_len * micro_batch_size * processes "
-            f"({train_config.seq_len} * {train_config.micro_batch_size} * {world.size} = {tokens}): change one, or the "
-            "number of processes"
-        )
-    if train_config.seq_len > model_config.max_seq_len:
-        raise ValueError(
-            f"seq_len is {train_config.seq_len}, but the model's max_seq_len is {model_config.max_seq_len}: lower the "
-            "one or raise the other"
-        )
-    if dataset.vocab_size > model_config.vocab_size:
-        raise ValueError(
-            f"the data has {dataset.vocab_size} token ids, but the model's vocab_size is {model_config.vocab_size}: "
-            "raise it"
-        )
-    if train_config.warmup_steps >= train_config.total_steps:
-        logger.warning(
-            "warmup_steps is %d, but the run has %d steps: the learning rate never reaches lr or falls",
-            train_config.warmup_steps,
-            train_config.total_steps,
-        )
-
-
-def _check_same_run(
-    checkpoint: Checkpoint, *, model_config: ModelConfig, train_config: TrainConfig, dataset: Mixture
-) -> None:
-    state = checkpoints.read_state(checkpoint)
-    if difference := dataset.difference(state.data_fingerprint):
-        raise ValueError(f"{difference} that {checkpoint.path} was trained on; resume with that")
-    changes = _changes(to_dict(checkpoint.config), to_dict(model_config))
-    if changes:
-        raise ValueError(f"the model differs from that of {checkpoint.path}: {', '.join(changes.values())}")
-    changes = _changes(to_dict(state.train_config), to_dict(train_config))
-    fixed = [text for name, text in changes.items() if name in _FIXED]
-    if fixed:
-        raise ValueError(f"a resumed run keeps its {', '.join(_FIXED)}; got {', '.join(fixed)}")
-    if state.step > train_config.total_steps:
-        raise ValueError(
-            f"{checkpoint.path} is past the run's {train_config.total_steps} steps; raise total_tokens above "
-            f"{state.step * train_config.batch_tokens}"
-        )
-    if changes:
-        logger.warning("the recipe changes from here on: %s", ", ".join(changes.values()))
-
-
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{name} {after[name]!r}, was {before[name]!r}" for name in before if after[name] != before[name]}
 
 
 def _describe(run: _Run, *, argv: Sequence[str]) -> dict[str, Any]:
