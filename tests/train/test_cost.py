@@ -38,15 +38,15 @@ def big_plan(world_size=64, **changes):
 
 def test_network_bytes_are_those_counted_by_hand():
     kept = network_bytes(TINY, PLAN)
-    assert kept == (2 * 420 * 3 / 4, 4 * 420 * 3 / 4, 0)
+    assert kept == (2 * (420 + 200) * 3 / 4, 4 * 420 * 3 / 4, 0)  # FFN-M's 200 twice
     again = network_bytes(TINY, dataclasses.replace(PLAN, keep_gathered=False))
     memory, rest = 2 * (96 + 4), 420 - 2 * (96 + 4)
     assert again.gather == 2 * (2 * memory + 4 * rest) * 3 / 4  # twice a step, and twice in each of two micro-batches
     assert again.scatter == kept.scatter
-    ids_rows_gradients = 8 + 2 * 4 * 2 + 2 * 4 * 4
+    ids_rows_gradients = 8 + 3 * 4 * 2 + 3 * 4 * 4  # two layers and the embedding
     assert network_bytes(TINY, JOB).exchange == 6 * 3 / 4 * ids_rows_gradients
     halved = dataclasses.replace(JOB, gradient_bytes=2)
-    assert network_bytes(TINY, halved).exchange == 6 * 3 / 4 * (ids_rows_gradients - 2 * 4 * 2)
+    assert network_bytes(TINY, halved).exchange == 6 * 3 / 4 * (ids_rows_gradients - 3 * 4 * 2)
 
 
 def test_device_bytes_are_those_counted_by_hand():
@@ -127,7 +127,7 @@ def test_more_of_anything_costs_no_less():
 def test_sharing_rows_pays_above_the_bandwidth_of_the_formula_in_the_docs():
     config, ids = PRESETS["1b-memory"].model, {"rank_ids": 11_270, "job_ids": 55_040, "world_size": 64}
     rate = 5e14
-    break_even = rate / (3 * 5464) / (1 - 860 / 11_270) * (63 / 64)
+    break_even = rate / (3 * 5464) / (1 - 860 / 11_270) * (63 / 64) * (25 / 24)  # the embedding beside 24 rows
     for gradient_bytes, part in ((4, 1), (2, 4 / 6)):
         for factor, pays in ((0.99, False), (1.01, True)):
             choice = rows_job_pays(

@@ -182,9 +182,9 @@ def network_bytes(config: ModelConfig, plan: StepPlan) -> NetworkBytes:
     """Bytes that one rank receives from others."""
     counts = count_parameters(config)
     elsewhere = 1 - 1 / plan.world_size
-    gathered = counts.total
-    if not plan.keep_gathered:  # the table needs FFN-M for one forward and one backward pass a step
-        gathered = 2 * (plan.micro_steps * counts.resident + counts.memory)
+    # The table needs FFN-M for one forward and one backward pass a step, and lets it go between them.
+    passes = 2 * plan.micro_steps if not plan.keep_gathered else 1
+    gathered = passes * counts.resident + 2 * counts.memory
     exchange = 0.0
     if plan.rows_per == "job":
         exchange = exchange_bytes(
@@ -197,7 +197,8 @@ def exchange_bytes(config: ModelConfig, *, rank_ids: int, world_size: int, gradi
     """Bytes that a rank receives, on average, when rows are shared by the job: ids and gradients, and its own rows."""
     if not config.has_memory:
         return 0.0
-    return rank_ids * (1 - 1 / world_size) * (INT64 + row_numbers(config) * (BF16 + gradient_bytes))
+    numbers = row_numbers(config) + config.hidden_size  # the embedding lies beside the rows
+    return rank_ids * (1 - 1 / world_size) * (INT64 + numbers * (BF16 + gradient_bytes))
 
 
 def device_bytes(config: ModelConfig, plan: StepPlan) -> DeviceBytes:
