@@ -24,8 +24,10 @@ def test_the_python_block_runs_and_lookups_agree(walkthrough, tmp_path, capsys):
     with contextlib.chdir(walkthrough.folder):
         names = runpy.run_path(str(script))
     assert names["logits"].shape == names["dimmed"].shape
-    assert (names["logits"] - names["looked_up"]).norm() < 0.02 * names["logits"].norm()
-    assert (names["logits"] - names["dimmed"]).abs().max() > 0.1
+    logits = names["logits"].detach()
+    rounding, experiment = ((logits - names[name].detach()).norm() / logits.norm() for name in ("looked_up", "dimmed"))
+    assert rounding < 1e-3  # of rows to bf16
+    assert experiment > 0.01
     assert "(" in capsys.readouterr().out
 
 
