@@ -50,11 +50,10 @@ def _decode(
     count: int,
     stop_ids: Collection[int],
 ) -> Iterator[int]:
-    weight = model.embedding.weight
     capacity = token_ids.shape[1] + count
-    cache = KVCache(model.config, batch_size=1, capacity=capacity, device=weight.device, dtype=weight.dtype)
-    generator = torch.Generator(weight.device).manual_seed(sampling.seed)
-    token_ids = token_ids.to(weight.device)
+    cache = KVCache(model.config, batch_size=1, capacity=capacity, device=model.device, dtype=model.dtype)
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    token_ids = token_ids.to(model.device)
     for _ in range(count):
         with torch.inference_mode():
             rows = row_source(token_ids) if row_source else None
