@@ -10,9 +10,9 @@ import torch
 from flexmemory.model.memory import Rows, ScaledRows
 from flexmemory.tol.build import build_store
 from flexmemory.tol.disk import DISK_THREADS
-from flexmemory.tol.store import ToLStore
 from flexmemory.tol.tiers import DeviceRows, DiskRows, HostRows, RowTier, Where, lookup, open_rows
 from tests.conftest import NANO
+from tests.tol.conftest import poisoned, whole_table
 
 TIERS: dict[Where, type[DeviceRows | HostRows | DiskRows]] = {"device": DeviceRows, "host": HostRows, "disk": DiskRows}
 
@@ -24,18 +24,6 @@ def tier(request, stored):
     yield rows
     if isinstance(rows, DiskRows):
         rows.close()
-
-
-def whole_table(store: ToLStore) -> torch.Tensor:
-    """Every row, read from the raw files."""
-    shards = [(store.path / s.file).read_bytes()[s.data_offset :] for s in store.manifest.shards]
-    data = torch.frombuffer(bytearray(b"".join(shards)), dtype=torch.uint8).view(store.vocab_size, store.stride_bytes)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[store.codec]
-    return data[:, : store.row_bytes].contiguous().view(dtype).view(store.vocab_size, len(store.layers), -1)
-
-
-def poisoned(tier: RowTier, count: int) -> torch.Tensor:
-    return torch.full((count, len(tier.layers), tier.hidden_size), float("nan"), dtype=tier.dtype)
 
 
 def layer_of(rows: Rows, layer: int) -> torch.Tensor:

@@ -66,11 +66,20 @@ def check_gather(tier: RowTier, token_ids: Int[Tensor, " U"], out: Tensor) -> No
     Raises:
         ValueError: as said there.
     """
-    shape = (len(token_ids), tier.num_slices, tier.hidden_size)
+    check_out(tier, len(token_ids), out)
+    if token_ids.device.type == "cpu":
+        check_token_ids(token_ids, tier.vocab_size)
+
+
+def check_out(tier: RowTier, num_ids: int, out: Tensor) -> None:
+    """Refuse an `out` that `RowTier.gather` refuses.
+
+    Raises:
+        ValueError: as said there.
+    """
+    shape = (num_ids, tier.num_slices, tier.hidden_size)
     if out.shape != shape or out.dtype != tier.dtype or not out.is_contiguous():
         raise ValueError(
             f"out must be contiguous {tier.dtype} of shape {list(shape)}, got {out.dtype} of shape {list(out.shape)} "
             f"and strides {list(out.stride())}"
         )
-    if token_ids.device.type == "cpu":
-        check_token_ids(token_ids, tier.vocab_size)

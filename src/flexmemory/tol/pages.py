@@ -16,6 +16,8 @@ from jaxtyping import Bool, UInt8
 
 from flexmemory.tol.format import PAGE_BYTES
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
 
 def read_exactly(descriptor: int, buffers: Sequence[memoryview], *, offset: int, path: Path) -> None:
     """Fill `buffers` (of bytes), one after the other, from `offset` of an open file, whose `path` is for messages.
@@ -121,9 +123,8 @@ def address_of(data: UInt8[np.ndarray, ...]) -> int:
 
 def _mincore(start: int, pages: int) -> Bool[np.ndarray, " pages"]:
     vector = np.zeros(pages, np.uint8)
-    library = ctypes.CDLL(None, use_errno=True)
     size = ctypes.c_size_t(pages * mmap.PAGESIZE)
-    if library.mincore(ctypes.c_void_p(start), size, ctypes.c_void_p(address_of(vector))) != 0:
+    if _LIBC.mincore(ctypes.c_void_p(start), size, ctypes.c_void_p(address_of(vector))) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"the system does not say what it caches (mincore: {os.strerror(number)})")
     return (vector & 1).astype(np.bool_)
