@@ -64,8 +64,8 @@ def int8_linear(
 ) -> Float[Tensor, "*M N"]:
     """`scale * (x W^T)` in the dtype of `x`.
 
-    On a CPU few inputs at once go through a kernel that reads the int8 weights themselves, and computes with `x` and the
-    product rounded to bf16. Otherwise weights are converted to the dtype of `x`, some outputs at a time.
+    On a CPU few inputs at once go through a kernel that reads the int8 weights themselves, and computes with `x` and
+    the product rounded to bf16. Otherwise weights are converted to the dtype of `x`, some outputs at a time.
     """
     inputs = x.reshape(-1, x.shape[-1])
     # The kernel reads past the end of rows that are no whole number of vectors (torch 2.13).
@@ -84,13 +84,24 @@ def int8_linear_reference(
     return x.double() @ (weight.double() * scale.double()[:, None]).T
 
 
+def int8_names(model: Transformer, part: Int8Part | None) -> list[str]:
+    """The linear layers of `model` that are int8 when `part` is."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    match part:
+        case None:
+            return []
+        case "head":
+            return ["head"]
+        case "all":
+            return [name for name in linears if ".memory." not in name]
+
+
 def quantize(model: Transformer, part: Int8Part) -> None:
     """Replace linear layers of `model` by int8 ones, in place and for inference only.
 
     An embedding that the head is tied to stays as it is; the head gets its own int8 copy.
     """
-    for name in [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]:
-        if name == "head" or (part == "all" and ".memory." not in name):
-            owner, _, attribute = name.rpartition(".")
-            linear = cast(nn.Linear, model.get_submodule(name))
-            setattr(model.get_submodule(owner), attribute, Int8Linear.of(linear.weight))
+    for name in int8_names(model, part):
+        owner, _, attribute = name.rpartition(".")
+        linear = cast(nn.Linear, model.get_submodule(name))
+        setattr(model.get_submodule(owner), attribute, Int8Linear.of(linear.weight))

@@ -139,6 +139,10 @@ class Checkpoint:
         """
         return Tokenizer.load(self.path)
 
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the weights on disk."""
+        return _read_tensor(self.path / WEIGHTS, "norm.weight", device="cpu").dtype
+
     def load(
         self,
         *,

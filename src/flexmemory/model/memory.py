@@ -87,7 +87,7 @@ class ScaledRows:
 
 
 def empty_embedding(config: ModelConfig) -> nn.Embedding:
-    """A table of V rows, not initialised: what nn.Embedding does on the meta device imports torch's compiler (1.1 s)."""
+    """A table of V rows, not initialised: on the meta device that would import torch's compiler, which takes 1.1 s."""
     return nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
 
 
