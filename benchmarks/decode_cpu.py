@@ -5,8 +5,8 @@
 Each model runs in a fresh process, one after the other in turns, so that its memory is its own. Weights and rows are
 random, written to FOLDER as checkpoints and a store. The tokens to decode are given: drawn by Zipf's law, small ids the
 most frequent, as vocabularies are ordered about. Weights are mapped from a warm page cache: memory is measured, not the
-disk. What other processes take of the CPUs meanwhile is recorded; where that cannot be avoided, CPU time with one thread
-(`--threads 1`) is what to compare.
+disk. What other processes take of the CPUs meanwhile is recorded; where that cannot be avoided, compare the CPU time of
+one thread (`--threads 1`).
 """
 
 from __future__ import annotations
@@ -227,6 +227,7 @@ def main() -> None:
             print(
                 f"{entry['model']:7} {entry['dtype']} int8 {entry['int8']!s:5} rows {entry['rows']!s:8}",
                 " ".join(f"{entry[f'context_{c}']['ms_per_token']:8.2f} ms" for c in CONTEXTS),
+                " ".join(f"{entry[f'context_{c}']['cpu_ms_per_token']:8.2f} ms of CPU" for c in CONTEXTS),
                 f"{entry[f'context_{CONTEXTS[-1]}']['memory']['resident'] / 1e6:8.0f} MB resident",
                 f"{entry['open_s']:6.2f} s to open, others {entry['context_128']['cpus_of_others']:.2f} CPUs",
                 file=sys.stderr,
