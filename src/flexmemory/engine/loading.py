@@ -84,4 +84,4 @@ def _looked_up(store: ToLStore, model: Transformer, where: RowPlace) -> tuple[Ro
     weight = model.embedding.weight
     tier = open_rows(store, where, device=weight.device)
     table_bytes = 0 if isinstance(tier, DiskRows) else tier.table.nbytes
-    return partial(lookup, tier, dtype=weight.dtype), table_bytes
+    return partial(lookup, tier, dtype=weight.dtype, device=weight.device), table_bytes

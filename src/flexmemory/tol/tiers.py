@@ -191,8 +191,10 @@ def open_rows(store: ToLStore, where: Where, *, device: torch.device | str) -> D
     raise ValueError(f"rows can be kept on device, host or disk, got {where!r}")
 
 
-def lookup(tier: RowTier, token_ids: Int[Tensor, "B T"], *, dtype: torch.dtype) -> MemoryRows:
-    """The rows of a batch, each unique id gathered once, in the model's `dtype` and on the ids' device.
+def lookup(
+    tier: RowTier, token_ids: Int[Tensor, "B T"], *, dtype: torch.dtype, device: torch.device | None = None
+) -> MemoryRows:
+    """The rows of a batch, each unique id gathered once, in the model's `dtype`, on `device` or else the ids' own.
 
     Raises:
         OSError: the rows cannot be read.
@@ -200,9 +202,9 @@ def lookup(tier: RowTier, token_ids: Int[Tensor, "B T"], *, dtype: torch.dtype) 
     """
     unique, index = unique_ids(token_ids)
     shape = (len(unique), len(tier.layers), tier.hidden_size)
-    table = torch.empty(shape, dtype=tier.dtype, device=token_ids.device)
+    table = torch.empty(shape, dtype=tier.dtype, device=device or token_ids.device)
     tier.gather(unique, table)
-    return MemoryRows(table.to(dtype), index, layers=tier.layers)
+    return MemoryRows(table.to(dtype), index.to(table.device), layers=tier.layers)
 
 
 def _empty_table(store: ToLStore, *, device: torch.device | str, pinned: bool = False) -> Tensor:
