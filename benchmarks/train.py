@@ -40,8 +40,7 @@ def random_model(config: ModelConfig, device: torch.device) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    model.tie_head()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(0, 0.02)

@@ -48,7 +48,7 @@ def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path):
     with safe_open(tmp_path / "checkpoint" / "model.safetensors", framework="pt") as file:
         assert "head.weight" not in file.keys()  # noqa: SIM118 - not a mapping
     model = Checkpoint.open(tmp_path / "checkpoint").load()
-    assert model.head.weight is model.embedding.weight
+    assert model.head.weight is model.get_parameter("embedding.weight")
 
 
 def test_tokenizer_travels_with_the_weights(tmp_path):

@@ -108,7 +108,7 @@ def llama_weights(model: Transformer) -> dict[str, torch.Tensor]:
     config = model.config
     kv_size = config.num_kv_heads * config.head_size
     weights = {
-        "model.embed_tokens.weight": model.embedding.weight,
+        "model.embed_tokens.weight": model.get_parameter("embedding.weight"),
         "model.norm.weight": model.norm.weight,
         "lm_head.weight": model.head.weight,
     }

@@ -14,6 +14,7 @@ from flexmemory.model.transformer import Transformer
 from flexmemory.storage import read_json, write_json
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.tol.build import build_store
+from flexmemory.tol.contract import RowTier
 from flexmemory.tol.format import MANIFEST
 from flexmemory.tol.store import ToLStore
 from tests.conftest import NANO, random_model
@@ -88,3 +89,16 @@ def edit_manifest(store: ToLStore, change: Callable[[dict[str, Any]], Any]) -> N
     values = read_json(store.path / MANIFEST)
     change(values)
     write_json(store.path / MANIFEST, values)
+
+
+def whole_table(store: ToLStore) -> torch.Tensor:
+    """Every row, read from the raw files."""
+    shards = [(store.path / s.file).read_bytes()[s.data_offset :] for s in store.manifest.shards]
+    data = torch.frombuffer(bytearray(b"".join(shards)), dtype=torch.uint8).view(store.vocab_size, store.stride_bytes)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[store.codec]
+    return data[:, : store.row_bytes].contiguous().view(dtype).view(store.vocab_size, store.num_slices, -1)
+
+
+def poisoned(tier: RowTier, count: int) -> torch.Tensor:
+    """An output full of NaN for `count` rows."""
+    return torch.full((count, tier.num_slices, tier.hidden_size), float("nan"), dtype=tier.dtype)

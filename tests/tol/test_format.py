@@ -120,17 +120,17 @@ def test_padding_is_zero_and_counts(checkpoint_of, tmp_path):
 def test_manifest_has_the_documented_entries(store: ToLStore):
     values = read_json(store.path / "manifest.json")
     assert list(values) == [
-        "format", "format_version", "codec", "layers", "num_layers", "hidden_size", "vocab_size", "stride_bytes",
-        "checkpoint_fingerprint", "tokenizer_fingerprint", "block_rows", "shards",
+        "format", "format_version", "codec", "embedding", "layers", "num_layers", "hidden_size", "vocab_size",
+        "stride_bytes", "checkpoint_fingerprint", "tokenizer_fingerprint", "block_rows", "shards",
     ]  # fmt: skip
-    assert (values["format"], values["format_version"]) == ("flexmemory-tol", 1)
+    assert (values["format"], values["format_version"]) == ("flexmemory-tol", 2)
     assert list(values["shards"][0]) == ["file", "first_token", "tokens", "data_offset", "blocks"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=2), "has ToL format 2; this version reads up to 1: update flexmemory"),
+        (lambda m: m.update(format_version=3), "has ToL format 3; this version reads up to 2: update flexmemory"),
         (lambda m: m.update(format="other"), "is not a ToL store"),
         (lambda m: m.update(format_version="1"), "ToL format '1'"),
         (lambda m: m.update(codec="int3"), "unknown ToL codec 'int3'"),

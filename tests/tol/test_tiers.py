@@ -9,9 +9,10 @@ import torch
 
 from flexmemory.model.memory import Rows, ScaledRows
 from flexmemory.tol.build import build_store
-from flexmemory.tol.store import ToLStore
-from flexmemory.tol.tiers import DISK_THREADS, DeviceRows, DiskRows, HostRows, RowTier, Where, lookup, open_rows
+from flexmemory.tol.disk import DISK_THREADS
+from flexmemory.tol.tiers import DeviceRows, DiskRows, HostRows, RowTier, Where, lookup, open_rows
 from tests.conftest import NANO
+from tests.tol.conftest import poisoned, whole_table
 
 TIERS: dict[Where, type[DeviceRows | HostRows | DiskRows]] = {"device": DeviceRows, "host": HostRows, "disk": DiskRows}
 
@@ -23,18 +24,6 @@ def tier(request, stored):
     yield rows
     if isinstance(rows, DiskRows):
         rows.close()
-
-
-def whole_table(store: ToLStore) -> torch.Tensor:
-    """Every row, read from the raw files."""
-    shards = [(store.path / s.file).read_bytes()[s.data_offset :] for s in store.manifest.shards]
-    data = torch.frombuffer(bytearray(b"".join(shards)), dtype=torch.uint8).view(store.vocab_size, store.stride_bytes)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[store.codec]
-    return data[:, : store.row_bytes].contiguous().view(dtype).view(store.vocab_size, len(store.layers), -1)
-
-
-def poisoned(tier: RowTier, count: int) -> torch.Tensor:
-    return torch.full((count, len(tier.layers), tier.hidden_size), float("nan"), dtype=tier.dtype)
 
 
 def layer_of(rows: Rows, layer: int) -> torch.Tensor:
@@ -186,13 +175,19 @@ def test_short_reads_are_continued(store, monkeypatch):
     assert torch.equal(out, whole_table(store)[ids])
 
 
-def test_disk_rows_read_whole_rows_with_one_read_each(store, monkeypatch):
+def test_disk_rows_read_each_row_once_in_the_order_of_the_disk_and_neighbours_at_once(store, monkeypatch):
     reads = []
     original = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda *args: reads.append(args[2]) or original(*args))
-    with DiskRows(store) as rows:
-        rows.gather(torch.tensor([130, 1]), poisoned(rows, 2))
-    assert reads == [4096 + 2 * 288, 4096 + 288]
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, at: reads.append((at, sum(map(len, buffers)))) or original(fd, buffers, at)
+    )
+    ids = torch.tensor([130, 7, 1, 6, 130, 127, 128])
+    with DiskRows(store, direct="never") as rows:
+        out = poisoned(rows, len(ids))
+        rows.gather(ids, out)
+    # 127 and 128 lie in two files
+    assert reads == [(4096 + 288, 288), (4096 + 6 * 288, 576), (4096 + 127 * 288, 288), (4096, 288), (4672, 288)]
+    assert torch.equal(out, whole_table(store)[ids])
 
 
 def test_closed_rows_are_refused_and_their_files_closed(store):

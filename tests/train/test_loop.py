@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, prepared, monkeypatc
 def test_bf16_runs_and_masters_stay_fp32(tmp_path, prepared):
     result = train(nano("flex1"), train_config=recipe(steps=3, precision="bf16"), data=prepared, out=tmp_path)
     assert math.isfinite(result.loss)
-    weights = Checkpoint.open(tmp_path).load().embedding.weight.detach()
+    weights = Checkpoint.open(tmp_path).load().get_parameter("embedding.weight").detach()
     assert not weights.bfloat16().float().equal(weights)
 
 

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from jaxtyping import Int64
+from torch import Tensor
 
 from flexmemory.device import resolve_device
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.tol.build import build_store
 from flexmemory.tol.store import ToLStore
 from flexmemory.tol.verify import SAMPLE, verify_store
+from flexmemory.train.data import TokenDataset
+from flexmemory.train.frequency import token_counts
 
 
 def build(
@@ -20,7 +24,9 @@ def build(
     *,
     out: Path,
     codec: str = "bf16",
+    embedding: tyro.conf.FlagCreatePairsOff[bool] = False,
     layers: tuple[int, ...] | None = None,
+    counts: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Compute every token's rows and write them to a new folder; run again, it goes on where it was interrupted.
@@ -29,12 +35,38 @@ def build(
         checkpoint: A checkpoint or run folder.
         out: The folder to make.
         codec: How numbers are written: bf16 or fp32.
+        embedding: Store each token's input embedding with its rows, so that the model needs no table of it in memory.
         layers: Layers to keep, the most important first; by default all.
+        counts: A folder that `flexmemory prepare` wrote with the model's tokenizer: how often each token occurs in its
+            training split is stored, so that frequent rows can be kept in fast memory.
         device: Where rows are computed: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
     """
     opened = Checkpoint.open(checkpoint)
-    store = build_store(opened, out, codec=codec, layers=layers, device=resolve_device(device))
+    store = build_store(
+        opened,
+        out,
+        codec=codec,
+        embedding=embedding,
+        layers=layers,
+        counts=None if counts is None else counts_of(counts, opened),
+        device=resolve_device(device),
+    )
     print(describe(store))
+
+
+def counts_of(data: Path, checkpoint: Checkpoint) -> Int64[Tensor, " V"]:
+    """How often each of the checkpoint's tokens occurs in the training split of prepared data.
+
+    Raises:
+        ValueError: the data is of another tokenizer.
+    """
+    dataset = TokenDataset.open(data)
+    if dataset.tokenizer_fingerprint != checkpoint.tokenizer_fingerprint:
+        raise ValueError(
+            f"{data} was prepared with another tokenizer than {checkpoint.path} has; its counts would be of other "
+            "tokens: prepare the text with `--tokenizer` of the checkpoint, or leave out --counts"
+        )
+    return token_counts(dataset.train, vocab_size=checkpoint.config.vocab_size)
 
 
 def info(store: Annotated[Path, tyro.conf.Positional], /) -> None:
@@ -78,12 +110,14 @@ def describe(store: ToLStore) -> str:
     padding = store.stride_bytes - store.row_bytes
     entries = {
         "codec": store.codec,
+        "embedding": "in the row" if store.embedding else "not in the row",
         "layers": f"{len(store.layers)} of {manifest.num_layers}: {' '.join(map(str, store.layers))}",
         "shape": f"V {store.vocab_size:,}, L {len(store.layers)}, D {store.hidden_size:,}",
         "size": f"{store.nbytes / 1e9:,.3f} GB",
         "row": f"{store.row_bytes:,} bytes" + (f" and {padding:,} of padding" if padding else ""),
         "checkpoint": manifest.checkpoint_fingerprint[:12],
         "tokenizer": manifest.tokenizer_fingerprint[:12] or "none",
+        "counts": "none" if manifest.counts is None else f"of {manifest.counts.total:,} tokens",
         "blocks": f"{sum(1 for _ in manifest.blocks()):,} of {manifest.block_rows:,} rows",
     }
     lines = [str(store.path), *(f"  {name:<12}{value}" for name, value in entries.items()), "  shards"]

@@ -82,13 +82,12 @@ class Engine:
                 raise ValueError(f"{name} must be positive, got {value}")
         if model.config.has_memory and row_source is None:
             _ = model.memories  # raises where its weights were not loaded
-        weight = model.embedding.weight
         self.slots = Slots(
             model.config,
             num_slots=max_sequences,
             capacity=self.max_length,
-            device=weight.device,
-            dtype=weight.dtype,
+            device=model.device,
+            dtype=model.dtype,
         )
         self._model = model
         self._prefill_chunk = prefill_chunk

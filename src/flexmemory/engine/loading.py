@@ -35,7 +35,7 @@ class LoadedModel:
 
     def describe(self) -> str:
         """One line: what is in memory."""
-        text = f"{self.weight_bytes / 1e6:,.2f} MB of weights on {self.model.embedding.weight.device}"
+        text = f"{self.weight_bytes / 1e6:,.2f} MB of weights on {self.model.device}"
         if self.row_source is None:
             return text
         where = (
@@ -73,7 +73,8 @@ def load_model(
     if tol is not None and not checkpoint.config.has_memory:
         raise ValueError(f"{checkpoint.path} is a dense model: it has no rows to look up; leave out the ToL store")
     store = None if tol is None else ToLStore.open(tol, checkpoint=checkpoint)  # refuse before loading weights
-    model = checkpoint.load(memory=store is None, device=device, dtype=dtype)
+    carried = store is not None and store.embedding
+    model = checkpoint.load(memory=store is None, embedding=not carried, device=device, dtype=dtype)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     source, table_bytes = (None, 0) if store is None else _looked_up(store, model, place)
     return LoadedModel(model=model, row_source=source, rows=place, weight_bytes=weight_bytes, table_bytes=table_bytes)
@@ -81,7 +82,6 @@ def load_model(
 
 def _looked_up(store: ToLStore, model: Transformer, where: RowPlace) -> tuple[RowSource, int]:
     assert where != "compute"
-    weight = model.embedding.weight
-    tier = open_rows(store, where, device=weight.device)
+    tier = open_rows(store, where, device=model.device)
     table_bytes = 0 if isinstance(tier, DiskRows) else tier.table.nbytes
-    return partial(lookup, tier, dtype=weight.dtype, device=weight.device), table_bytes
+    return partial(lookup, tier, dtype=model.dtype, device=model.device), table_bytes

@@ -35,7 +35,7 @@ class Prefill:
     def __init__(self, model: Transformer, slots: Slots, row_source: RowSource | None) -> None:
         """Fill `slots`; rows are computed unless `row_source` gives them."""
         self._model, self._slots, self._row_source = model, slots, row_source
-        self._device = model.embedding.weight.device
+        self._device = model.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefill-rows")
         # Rows that a GPU may still be reading: their memory must not go to the fetching stream.

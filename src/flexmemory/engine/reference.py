@@ -50,16 +50,15 @@ def _decode(
     count: int,
     stop_ids: Collection[int],
 ) -> Iterator[int]:
-    weight = model.embedding.weight
     capacity = token_ids.shape[1] + count
-    cache = KVCache(model.config, batch_size=1, capacity=capacity, device=weight.device, dtype=weight.dtype)
-    settings = SamplingTensors.of([sampling], device=weight.device)
-    token_ids = token_ids.to(weight.device)
+    cache = KVCache(model.config, batch_size=1, capacity=capacity, device=model.device, dtype=model.dtype)
+    settings = SamplingTensors.of([sampling], device=model.device)
+    token_ids = token_ids.to(model.device)
     for position in range(capacity - count, capacity):
         with torch.inference_mode():
             rows = row_source(token_ids) if row_source else None
             hidden = model.hidden_states(token_ids, rows, cache)[:, -1]  # (1, D)
-            positions = torch.tensor([position], device=weight.device)
+            positions = torch.tensor([position], device=model.device)
             token_ids = sample(model.head(hidden), settings, positions, sampling.how)[:, None]
         token = int(token_ids)
         if token in stop_ids:

@@ -94,7 +94,7 @@ def perplexity(
         raise ValueError(f"sequences of {length} tokens do not fit the model; expected 1 to {model.config.max_seq_len}")
     if len(stream) < 2:
         raise ValueError(f"perplexity needs at least 2 tokens, got {len(stream)}")
-    device = model.embedding.weight.device
+    device = model.device
     tokens = torch.from_numpy(np.asarray(stream, dtype=np.int64))
     num_full = (len(tokens) - 1) // length
     inputs = tokens[: num_full * length].view(num_full, length)

@@ -29,7 +29,7 @@ def coefficients(model: Transformer, token_ids: Int[Tensor, " U"], *, layer: int
         raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {len(memories) - 1}")
     if memories[layer].ffn is None:
         raise ValueError("a free table has no keys and values: coefficients need memory_kind ffn or ffn+table")
-    return memories[layer].coefficients(model.embedding(token_ids))
+    return memories[layer].coefficients(model.embed(token_ids))
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def nearest_tokens(model: Transformer, token_id: int, *, layer: int = 0, count: 
     vocab_size = model.config.vocab_size
     if not 0 <= token_id < vocab_size:
         raise ValueError(f"token id {token_id} is out of range: the vocabulary has {vocab_size} ids")
-    device = model.embedding.weight.device
+    device = model.device
     query = F.normalize(coefficients(model, torch.tensor([token_id], device=device), layer=layer)[0], dim=0)
     everything = torch.arange(vocab_size, device=device).split(VOCABULARY_CHUNK)
     cosines = torch.cat([F.normalize(coefficients(model, ids, layer=layer), dim=1) @ query for ids in everything])

@@ -6,7 +6,8 @@
       tokenizer.json          with tokenizer_config.json, where the model has a tokenizer
       manifest.json           format version, size and SHA-256 of every file, fingerprints
 
-Memory weights are the tensors `blocks.*.memory.*`; `Checkpoint.load(memory=False)` does not read them.
+Memory weights are the tensors `blocks.*.memory.*`; `Checkpoint.load(memory=False)` does not read them. Nor does
+`Checkpoint.load(embedding=False)` read `embedding.weight`, unless it is the head too.
 """
 
 from __future__ import annotations
@@ -142,6 +143,7 @@ class Checkpoint:
         self,
         *,
         memory: bool = True,
+        embedding: bool = True,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Transformer:
@@ -149,6 +151,8 @@ class Checkpoint:
 
         Args:
             memory: Whether to read the weights that rows replace; without them `forward` needs `rows`.
+            embedding: Whether to read the embedding; without it `forward` needs rows that carry it. A head tied to it
+                is read in any case.
             device: Where weights go, one tensor at a time.
             dtype: What weights are converted to.
 
@@ -156,11 +160,13 @@ class Checkpoint:
             ValueError: the file's tensors are not those that the configuration asks for.
         """
         with torch.device("meta"):
-            model = Transformer(self.config, with_memory=memory)
+            model = Transformer(self.config, with_memory=memory, with_embedding=embedding)
         expected = dict(model.named_parameters())  # a tied head appears once, as the embedding
         try:
             with safe_open(self.path / WEIGHTS, framework="pt", device=str(device)) as file:
                 names = {name for name in file.keys() if memory or ".memory." not in name}  # noqa: SIM118 - not a mapping
+                if model.embedding is None:
+                    names.discard("embedding.weight")
                 if names != expected.keys():
                     odd = ", ".join(sorted(names ^ expected.keys())[:5])
                     raise ValueError(f"{self.path / WEIGHTS} does not fit its config.json: see tensors {odd}")
@@ -172,8 +178,7 @@ class Checkpoint:
                     setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(dtype or tensor.dtype)))
         except SafetensorError as error:
             raise ValueError(f"{self.path / WEIGHTS} cannot be read ({error}); it is damaged") from error
-        if self.config.tie_embeddings:
-            model.head.weight = model.embedding.weight
+        model.tie_head()
         return model.eval()
 
 

@@ -38,7 +38,6 @@ def new_model(config: ModelConfig, *, seed: int, device: torch.device | str = "c
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    model.tie_head()
     init_weights(model, seed=seed)
     return model

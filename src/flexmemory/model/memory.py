@@ -35,26 +35,36 @@ class Rows(Protocol):
 class MemoryRows:
     """A table of rows and an index into it.
 
-    `table` is (U, L, D), token-major as on disk; `index` is (B, T), positions in the table. `layers` names the model's
-    layers that the table holds, in the table's order; by default all of them.
+    `table` is (U, slices, D), token-major as on disk; `index` is (B, T), positions in the table. A slice is a layer of
+    the model; `layers` names them in the table's order, by default all. With `embedding`, one slice more comes before
+    them: the input embedding.
     """
 
     def __init__(
-        self, table: Float[Tensor, "U L D"], index: Int[Tensor, "B T"], *, layers: Sequence[int] | None = None
+        self,
+        table: Float[Tensor, "U slices D"],
+        index: Int[Tensor, "B T"],
+        *,
+        layers: Sequence[int] | None = None,
+        embedding: bool = False,
     ) -> None:
         """Bind an index to a table."""
         self.table = table
         self.index = index
-        # One unbind, not L selects: its backward is one stack instead of L zero-padded tables.
-        self._layers = dict(zip(range(table.shape[1]) if layers is None else layers, table.unbind(1), strict=True))
+        # One unbind, not a select for each: its backward is one stack instead of many zero-padded tables.
+        slices = table.unbind(1)
+        self._embedding = slices[0] if embedding else None
+        rows = slices[1:] if embedding else slices
+        self._layers = dict(zip(range(len(rows)) if layers is None else layers, rows, strict=True))
 
     def layer(self, layer: int) -> Float[Tensor, "B T D"] | None:
         """The rows that layer `layer` adds to the residual stream, or None where the table leaves it out."""
         rows = self._layers.get(layer)
         return None if rows is None else F.embedding(self.index, rows)
 
-    def embeddings(self) -> None:
-        """None: the model looks them up."""
+    def embeddings(self) -> Float[Tensor, "B T D"] | None:
+        """The input embeddings, or None where the table does not hold them and the model looks them up."""
+        return None if self._embedding is None else F.embedding(self.index, self._embedding)
 
 
 class ScaledRows:

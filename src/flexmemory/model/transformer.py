@@ -117,19 +117,41 @@ class Transformer(nn.Module):
     Weights are allocated but not initialised: see `model/init.py` and `model/checkpoint.py`.
     """
 
-    def __init__(self, config: ModelConfig, *, with_memory: bool = True) -> None:
-        """Allocate the weights; without `with_memory`, all but those that rows replace."""
+    def __init__(self, config: ModelConfig, *, with_memory: bool = True, with_embedding: bool = True) -> None:
+        """Allocate the weights.
+
+        Args:
+            config: The model.
+            with_memory: Whether to have the weights that rows replace.
+            with_embedding: Whether to have the embedding, which rows can carry; a head tied to it keeps it.
+        """
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        present = with_embedding or config.tie_embeddings
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size) if present else None
         block = _BLOCKS[config.architecture]
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie_head()
         if not with_memory:
             self.drop_memory()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.norm.weight.dtype
+
+    def tie_head(self) -> None:
+        """Let the head be the embedding's matrix, where the configuration says so; again when weights were replaced."""
+        if self.config.tie_embeddings:
+            assert self.embedding is not None
+            self.head.weight = self.embedding.weight
 
     def drop_memory(self) -> None:
         """Free the weights that rows replace; from here on `forward` needs `rows`."""
@@ -151,9 +173,22 @@ class Transformer(nn.Module):
             raise ValueError(f"this model cannot compute rows: {reason}")
         return present
 
+    def embed(self, token_ids: Int[Tensor, "*N"]) -> Float[Tensor, "*N D"]:
+        """The input embeddings of `token_ids`.
+
+        Raises:
+            ValueError: the embedding was not loaded.
+        """
+        if self.embedding is None:
+            raise ValueError(
+                "this model has no embedding of its own: give rows that carry it, from a ToL store built with "
+                "--embedding, or load the checkpoint with its embedding"
+            )
+        return self.embedding(token_ids)
+
     def compute_rows(self, token_ids: Int[Tensor, " U"]) -> Float[Tensor, "U L D"]:
         """Rows of each id in every layer (Eq. 2.9), computed by FFN-M and free tables."""
-        embeddings = self.embedding(token_ids)
+        embeddings = self.embed(token_ids)
         return torch.stack([memory(token_ids, embeddings) for memory in self.memories], dim=1)
 
     def rows(self, token_ids: Int[Tensor, "B T"]) -> MemoryRows:
@@ -179,7 +214,7 @@ class Transformer(nn.Module):
             rows = self.rows(token_ids)
         x = None if rows is None else rows.embeddings()
         if x is None:
-            x = self.embedding(token_ids)  # (B, T, D)
+            x = self.embed(token_ids)  # (B, T, D)
         length = token_ids.shape[1]
         mask = None
         if positions is not None:
@@ -216,7 +251,7 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: an id is out of range (checked on CPU), the sequence is longer than `max_seq_len`, or `rows`
-                are missing and cannot be computed.
+                (or the embeddings that they should carry) are missing and cannot be computed.
         """
         return self.head(self.hidden_states(token_ids, rows, kv_cache, positions))
 

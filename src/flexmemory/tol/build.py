@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -24,6 +26,7 @@ from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import Transformer
 from flexmemory.storage import Progress, publish, write_json
 from flexmemory.tol.codec import get_codec
+from flexmemory.tol.counts import COUNTS, counts_file
 from flexmemory.tol.format import (
     BLOCK_BYTES,
     MANIFEST,
@@ -47,7 +50,9 @@ def build_store(
     out: Path,
     *,
     codec: str = "bf16",
+    embedding: bool = False,
     layers: Sequence[int] | None = None,
+    counts: Int64[Tensor, " V"] | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
     shard_bytes: int = SHARD_BYTES,
     block_bytes: int = BLOCK_BYTES,
@@ -62,7 +67,9 @@ def build_store(
         checkpoint: A memory or flex model.
         out: The folder to make.
         codec: How numbers are written.
+        embedding: Whether a row begins with the token's input embedding, so that no other table of it is needed.
         layers: Layers to keep, the most important first; by default all, in the model's order.
+        counts: How often each token occurs (`train.frequency`), to be stored beside the rows.
         chunk_tokens: Rows to compute at once, rounded down to whole blocks (at least one).
         shard_bytes: Bytes of rows in one file, at most.
         block_bytes: Bytes of rows under one checksum, at most.
@@ -76,19 +83,33 @@ def build_store(
     """
     if out.exists():
         raise FileExistsError(f"{out} already exists; choose another folder or remove it")
+    vocab_size = checkpoint.config.vocab_size
+    if counts is not None and (counts.shape != (vocab_size,) or counts.dtype != torch.int64):
+        raise ValueError(f"counts must be int64 of [{vocab_size}], got {counts.dtype} of {list(counts.shape)}")
+    counts_data, counts_entry = (None, None) if counts is None else counts_file(counts)
     manifest = dataclasses.replace(
-        plan(checkpoint.config, codec=codec, layers=layers, shard_bytes=shard_bytes, block_bytes=block_bytes),
+        plan(
+            checkpoint.config,
+            codec=codec,
+            embedding=embedding,
+            layers=layers,
+            shard_bytes=shard_bytes,
+            block_bytes=block_bytes,
+        ),
         checkpoint_fingerprint=checkpoint.fingerprint,
         tokenizer_fingerprint=checkpoint.tokenizer_fingerprint,
+        counts=counts_entry,
     )
     chunk_rows = max(1, chunk_tokens // manifest.block_rows) * manifest.block_rows
     partial = partial_folder(out)
     # Chunks are part of the identity: GEMMs of another height round differently, and a resumed build shall not.
-    identity = json.loads(json.dumps({**manifest.to_json(), "chunk_rows": chunk_rows}))
+    identity = json.loads(json.dumps({"counts": None, **manifest.to_json(), "chunk_rows": chunk_rows}))
     with Progress.open(partial, identity) as progress:
         checksums = [digest for digests in progress.lines for digest in digests]
         _check_written(partial, manifest, checksums)
         _write_rows(checkpoint, partial, manifest, progress, checksums, chunk_rows=chunk_rows, device=device)
+        if counts_data is not None:
+            (partial / COUNTS).write_bytes(counts_data)
         write_json(partial / MANIFEST, manifest.with_blocks(checksums).to_json())
         publish(partial, out)
         (out / Progress.NAME).unlink()
@@ -98,7 +119,8 @@ def build_store(
 def load_for_rows(checkpoint: Checkpoint, *, device: torch.device | str) -> Transformer:
     """The model with what rows are computed from in fp32, or fp64 where it is stored so."""
     model = checkpoint.load(device=device)
-    dtype = torch.promote_types(model.embedding.weight.dtype, torch.float32)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    assert model.embedding is not None
     for module in (model.embedding, *model.memories):
         module.to(dtype)
     return model
@@ -154,13 +176,15 @@ def _chunks(manifest: Manifest, chunk_rows: int) -> Iterator[tuple[Shard, int]]:
 def _encoded_rows(model: Transformer, manifest: Manifest, first: int, stop: int) -> np.ndarray:
     """Rows of tokens `first` .. `stop - 1` as on disk: (tokens, stride_bytes) uint8."""
     codec = get_codec(manifest.codec)
-    token_ids = torch.arange(first, stop, device=model.embedding.weight.device)
-    rows = model.compute_rows(token_ids)[:, list(manifest.layers)]  # (U, L, D)
+    token_ids = torch.arange(first, stop, device=model.device)
+    rows = model.compute_rows(token_ids)[:, list(manifest.layers)]
+    if manifest.embedding:
+        rows = torch.cat((model.embed(token_ids)[:, None], rows), dim=1)
     finite = rows.to(codec.dtype).isfinite()
     if not finite.all():
         token, place, element = (~finite).nonzero()[0].tolist()
         raise ValueError(
-            f"the row of token {first + token} in layer {manifest.layers[place]} is not finite "
+            f"the row of token {first + token} in {manifest.slice_name(place)} is not finite "
             f"({float(rows[token, place, element])} at {element}, in codec {manifest.codec}); "
             "the checkpoint is damaged or its training diverged: build from another one"
         )

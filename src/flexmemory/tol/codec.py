@@ -1,7 +1,7 @@
 """How a row is written as bytes.
 
-A codec turns rows (U, L, D) into (U, row_bytes) uint8 and back, layer after layer, so that the first layers of a row
-are a prefix of its bytes.
+A codec turns rows (U, slices, D) into (U, row_bytes) uint8 and back, slice after slice (the embedding, if it is there,
+then layers), so that the first slices of a row are a prefix of its bytes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ class Codec(Protocol):
         """Dtype of decoded rows."""
         ...
 
-    def row_bytes(self, num_layers: int, hidden_size: int) -> int:
+    def row_bytes(self, num_slices: int, hidden_size: int) -> int:
         """Bytes of one token's rows, before padding."""
         ...
 
-    def encode(self, rows: Float[Tensor, "U L D"]) -> UInt8[Tensor, "U row_bytes"]:
+    def encode(self, rows: Float[Tensor, "U slices D"]) -> UInt8[Tensor, "U row_bytes"]:
         """Bytes of `rows`."""
         ...
 
-    def decode(self, data: UInt8[Tensor, "U row_bytes"], out: Float[Tensor, "U L D"]) -> None:
-        """Write the rows that `data` holds over `out`, contiguous, of `dtype` and on any device."""
+    def decode(self, data: UInt8[Tensor, "U row_bytes"], out: Float[Tensor, "U slices D"]) -> None:
+        """Write the rows that `data` holds over `out`, contiguous, of `dtype` and on any device.
+
+        Where `data` is pinned memory and `out` on a GPU, the GPU may still be reading `data` afterwards.
+        """
         ...
 
 
@@ -48,19 +51,19 @@ class PlainCodec:
         self.name = name
         self.dtype = dtype
 
-    def row_bytes(self, num_layers: int, hidden_size: int) -> int:
+    def row_bytes(self, num_slices: int, hidden_size: int) -> int:
         """Bytes of one token's rows, before padding."""
-        return num_layers * hidden_size * self.dtype.itemsize
+        return num_slices * hidden_size * self.dtype.itemsize
 
-    def encode(self, rows: Float[Tensor, "U L D"]) -> UInt8[Tensor, "U row_bytes"]:
+    def encode(self, rows: Float[Tensor, "U slices D"]) -> UInt8[Tensor, "U row_bytes"]:
         """Bytes of `rows`, rounded to the codec's dtype."""
         return rows.to(self.dtype).contiguous().view(torch.uint8).flatten(1)
 
-    def decode(self, data: UInt8[Tensor, "U row_bytes"], out: Float[Tensor, "U L D"]) -> None:
+    def decode(self, data: UInt8[Tensor, "U row_bytes"], out: Float[Tensor, "U slices D"]) -> None:
         """Copy the bytes over `out`."""
         assert out.dtype == self.dtype
         assert out.is_contiguous()
-        out.view(torch.uint8).flatten(1).copy_(data)
+        out.view(torch.uint8).flatten(1).copy_(data, non_blocking=out.is_cuda)
 
 
 CODECS: dict[str, Codec] = {

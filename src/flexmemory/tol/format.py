@@ -4,6 +4,7 @@
       manifest.json             `Manifest`; written last
       rows-00000.safetensors    one tensor `rows` [tokens, stride_bytes] uint8, token-major, for a range of tokens
       rows-00001.safetensors    ...
+      counts.safetensors        how often each token occurs, where the store has it (`tol.counts`)
 
 Eq. 2.9 of the paper says what a row is; Fig. 12 why the first layers come first in it.
 """
@@ -24,7 +25,7 @@ from flexmemory.storage import read_json
 from flexmemory.tol.codec import get_codec
 
 FORMAT = "flexmemory-tol"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PAGE_BYTES = 4096
 DATA_OFFSET = PAGE_BYTES
@@ -79,11 +80,23 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What the manifest says of `tol.counts.COUNTS`."""
+
+    sha256: str
+    """Of the file."""
+    total: int
+    """Tokens counted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What a store holds. Letters of docs/notation.md: V, D, L."""
 
     codec: str
     """How numbers are written (`tol.codec`)."""
+    embedding: bool
+    """Whether a row begins with the token's input embedding."""
     layers: tuple[int, ...]
     """The model's layers in a row, in the row's order: the first is the last to drop."""
     num_layers: int
@@ -102,12 +115,15 @@ class Manifest:
     """Rows under one checksum."""
     shards: tuple[Shard, ...]
     """The files, in the order of their tokens."""
+    counts: Counts | None = None
+    """How often tokens occur, where that was counted."""
 
     def __post_init__(self) -> None:
         """Reject manifests that contradict themselves."""
         for name in ("num_layers", "hidden_size", "vocab_size", "stride_bytes", "block_rows"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value > 0, f"{name} must be a positive integer, got {value!r}")
+        _require(isinstance(self.embedding, bool), f"embedding must be true or false, got {self.embedding!r}")
         check_layers(self.layers, self.num_layers)
         _require(
             self.stride_bytes >= self.row_bytes,
@@ -124,9 +140,20 @@ class Manifest:
         _require(next_token == self.vocab_size, f"shards hold {next_token} tokens, expected {self.vocab_size}")
 
     @property
+    def num_slices(self) -> int:
+        """Slices of D numbers in a row: the embedding, if it is there, and the layers that are kept."""
+        return self.embedding + len(self.layers)
+
+    def slice_name(self, place: int) -> str:
+        """What slice `place` of a row is, in words."""
+        if self.embedding and place == 0:
+            return "the embedding"
+        return f"layer {self.layers[place - self.embedding]}"
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one token's rows, before padding."""
-        return get_codec(self.codec).row_bytes(len(self.layers), self.hidden_size)
+        return get_codec(self.codec).row_bytes(self.num_slices, self.hidden_size)
 
     @property
     def nbytes(self) -> int:
@@ -162,13 +189,17 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        values = dataclasses.asdict(self)
+        if self.counts is None:
+            del values["counts"]
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
 
 def plan(
     config: ModelConfig,
     *,
     codec: str = "bf16",
+    embedding: bool = False,
     layers: Sequence[int] | None = None,
     shard_bytes: int = SHARD_BYTES,
     block_bytes: int = BLOCK_BYTES,
@@ -178,6 +209,7 @@ def plan(
     Args:
         config: The model.
         codec: How numbers are written.
+        embedding: Whether a row begins with the token's input embedding.
         layers: Layers to keep, the most important first; by default all, in the model's order.
         shard_bytes: Bytes of rows in one file, at most (at least one row).
         block_bytes: Bytes of rows under one checksum, at most (at least one row).
@@ -191,7 +223,7 @@ def plan(
     _require(block_bytes > 0, f"block_bytes must be positive, got {block_bytes}")
     kept = tuple(range(config.num_layers)) if layers is None else tuple(layers)
     check_layers(kept, config.num_layers)
-    stride = stride_of(get_codec(codec).row_bytes(len(kept), config.hidden_size))
+    stride = stride_of(get_codec(codec).row_bytes(embedding + len(kept), config.hidden_size))
     fitting = max(1, min(block_bytes, shard_bytes) // stride)
     block_rows = 1 << (fitting.bit_length() - 1)
     shard_rows = max(1, shard_bytes // (block_rows * stride)) * block_rows
@@ -207,6 +239,7 @@ def plan(
     )
     return Manifest(
         codec=codec,
+        embedding=embedding,
         layers=kept,
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -282,9 +315,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(
             f"{folder} has ToL format {version!r}; this version reads up to {FORMAT_VERSION}: update flexmemory"
         )
+    if version == 1:
+        values.setdefault("embedding", False)
     try:
+        counts = values.pop("counts", None)
         shards = tuple(Shard(**{**shard, "blocks": tuple(shard["blocks"])}) for shard in values.pop("shards"))
-        manifest = Manifest(**{**values, "layers": tuple(values["layers"])}, shards=shards)
+        manifest = Manifest(
+            **{**values, "layers": tuple(values["layers"])}, shards=shards, counts=counts and Counts(**counts)
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: missing, unknown or ill-typed entry ({error})") from error
     except ValueError as error:

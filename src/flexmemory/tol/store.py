@@ -11,13 +11,15 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.tol.codec import get_codec
+from flexmemory.tol.counts import COUNTS, most_frequent, read_counts
 from flexmemory.tol.format import Block, Manifest, ToLMismatchError, check_header, read_manifest
+from flexmemory.tol.pages import read_exactly
 
 READ_THREADS = min(8, os.cpu_count() or 1)
 """Threads that read and hash blocks; each holds one block in memory."""
@@ -55,6 +57,8 @@ class ToLStore:
                 found = "is missing" if size is None else f"has {size} bytes, expected {expected}"
                 raise ValueError(f"ToL store {folder} is incomplete: {shard.file} {found}; build it again")
             check_header(manifest, shard, folder)
+        if manifest.counts is not None and not (folder / COUNTS).is_file():
+            raise ValueError(f"ToL store {folder} is incomplete: {COUNTS} is missing; build it again")
         if checkpoint is not None:
             _check_source(folder, manifest, checkpoint)
         return cls(folder, manifest)
@@ -63,6 +67,21 @@ class ToLStore:
     def codec(self) -> str:
         """Name of the codec."""
         return self.manifest.codec
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that hold rows, in the order of their tokens."""
+        return [self.path / shard.file for shard in self.manifest.shards]
+
+    @property
+    def embedding(self) -> bool:
+        """Whether a row begins with the token's input embedding."""
+        return self.manifest.embedding
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of D numbers in a row: layers, and one for the embedding where it is carried."""
+        return self.manifest.num_slices
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -94,6 +113,29 @@ class ToLStore:
         """Bytes of all rows with their padding."""
         return self.manifest.nbytes
 
+    def counts(self) -> Int64[Tensor, " V"] | None:
+        """How often each token occurs, checked, or None where that was not counted.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        entry = self.manifest.counts
+        return None if entry is None else read_counts(self.path, entry, vocab_size=self.vocab_size)
+
+    def hot_ids(self, num_ids: int) -> Int64[Tensor, " H"]:
+        """The `num_ids` most frequent ids, or all if they are fewer; ties by id.
+
+        Raises:
+            ValueError: the store has no counts, or they are damaged.
+        """
+        counts = self.counts()
+        if counts is None:
+            raise ValueError(
+                f"ToL store {self.path} does not say how frequent tokens are; build it with --counts DATA, "
+                "or let frequent rows be learnt from traffic"
+            )
+        return most_frequent(counts, num_ids)
+
     def read_block(self, block: Block) -> np.ndarray:
         """The bytes of a block, (tokens, stride_bytes) uint8, not checked.
 
@@ -104,7 +146,7 @@ class ToLStore:
         path = self.path / block.file
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            read_exactly(descriptor, data, offset=block.offset, path=path)
+            read_exactly(descriptor, [data.reshape(-1).data], offset=block.offset, path=path)
         finally:
             os.close(descriptor)
         return data
@@ -118,7 +160,7 @@ class ToLStore:
         intact = self._map_blocks(lambda block: block.matches(self.read_block(block)), label="checking rows")
         return [block for block, good in zip(self.manifest.blocks(), intact, strict=True) if not good]
 
-    def read_table(self, out: Float[Tensor, "V L D"]) -> None:
+    def read_table(self, out: Float[Tensor, "V slices D"]) -> None:
         """Fill `out`, on any device and of the codec's dtype, with every row, checking all of them on the way.
 
         Raises:
@@ -144,25 +186,6 @@ class ToLStore:
         blocks = list(self.manifest.blocks())
         with concurrent.futures.ThreadPoolExecutor(READ_THREADS) as pool:
             yield from tqdm(pool.map(function, blocks), total=len(blocks), desc=label, unit="block", disable=None)
-
-
-def read_exactly(descriptor: int, buffer: np.ndarray, *, offset: int, path: Path) -> None:
-    """Fill `buffer` (contiguous uint8) from `offset` of an open file, whose `path` is for messages.
-
-    Raises:
-        OSError: the file cannot be read, or ends early.
-    """
-    rest = buffer.data.cast("B")
-    while rest:
-        try:
-            count = os.preadv(descriptor, [rest], offset)
-        except OSError as error:
-            raise OSError(f"cannot read {path} at byte {offset} ({error.strerror})") from error
-        if count == 0:
-            raise OSError(
-                f"{path} ends at byte {offset}, {len(rest)} bytes early; it was truncated after it was opened"
-            )
-        rest, offset = rest[count:], offset + count
 
 
 def _check_source(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:

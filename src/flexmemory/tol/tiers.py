@@ -1,72 +1,25 @@
 """Where rows are when they are asked for: on the device, in host memory, or on disk.
 
-A tier moves rows and changes no bit of them. Dimension key: B batch, T tokens, U unique ids, L layers kept, D model
-width, V vocabulary.
+A tier moves rows and changes no bit of them; `tol.contract` says what it can do, `tol.disk` has the one on disk and
+`tol.hot` keeps frequent rows in front of another. Dimension key: B batch, T tokens, U unique ids, D model width.
 """
 
 from __future__ import annotations
 
-import bisect
-import concurrent.futures
-import os
-import sys
-import weakref
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from flexmemory.model.memory import MemoryRows, unique_ids
-from flexmemory.model.transformer import check_token_ids
 from flexmemory.tol.codec import get_codec
-from flexmemory.tol.store import ToLStore, read_exactly
-
-DISK_THREADS = 16
-"""Reads in flight at once; NVMe drives reach their rate of random reads with about as many."""
-ROWS_PER_THREAD = 4
-"""Fewer rows than this are not worth waking a thread for."""
+from flexmemory.tol.contract import RowTier, check_gather
+from flexmemory.tol.disk import DiskRows
+from flexmemory.tol.staging import Staging
+from flexmemory.tol.store import ToLStore
 
 Where = Literal["device", "host", "disk"]
-
-
-@runtime_checkable
-class RowTier(Protocol):
-    """A source of rows by token id."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the rows."""
-        ...
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The model's layers that a row holds, in the row's order."""
-        ...
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        ...
-
-    def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U L D"]) -> None:
-        """Write the rows of `token_ids`, in any order and repeated at will, over all of `out`.
-
-        Args:
-            token_ids: On any device; those on the CPU are checked to be in range.
-            out: Contiguous, of the tier's dtype, on any device.
-
-        Raises:
-            OSError: the rows cannot be read.
-            ValueError: an id is out of range, or `out` has another shape or dtype.
-        """
-        ...
 
 
 class DeviceRows:
@@ -80,13 +33,14 @@ class DeviceRows:
             ValueError: the store is damaged.
         """
         self.dtype = get_codec(store.codec).dtype
-        self.layers, self.hidden_size, self.vocab_size = store.layers, store.hidden_size, store.vocab_size
+        self.embedding, self.layers, self.num_slices = store.embedding, store.layers, store.num_slices
+        self.hidden_size, self.vocab_size = store.hidden_size, store.vocab_size
         self.table = _empty_table(store, device=device)
         store.read_table(self.table)
 
-    def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U L D"]) -> None:
+    def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U slices D"]) -> None:
         """As `RowTier.gather`."""
-        _check(self, token_ids, out)
+        check_gather(self, token_ids, out)
         token_ids = token_ids.to(self.table.device)
         if out.device == self.table.device:
             torch.index_select(self.table, 0, token_ids, out=out)
@@ -105,74 +59,29 @@ class HostRows:
             ValueError: the store is damaged.
         """
         self.dtype = get_codec(store.codec).dtype
-        self.layers, self.hidden_size, self.vocab_size = store.layers, store.hidden_size, store.vocab_size
+        self.embedding, self.layers, self.num_slices = store.embedding, store.layers, store.num_slices
+        self.hidden_size, self.vocab_size = store.hidden_size, store.vocab_size
         self.table = _empty_table(store, device="cpu", pinned=pinned)
+        self._bytes = self.table.view(torch.uint8).flatten(1)  # (V, row_bytes), the same memory
+        self._staging: dict[torch.device, Staging] = {}
         store.read_table(self.table)
 
-    def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U L D"]) -> None:
+    def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U slices D"]) -> None:
         """As `RowTier.gather`."""
-        _check(self, token_ids, out)
-        host = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=self.dtype, pin_memory=out.is_cuda)
-        torch.index_select(self.table, 0, token_ids.cpu(), out=host)
-        if host is not out:
-            out.copy_(host)
-
-
-class DiskRows:
-    """Nothing resident: one read per row, of its bytes and not of their padding.
-
-    Rows are not checked against their checksums, which cover whole blocks: `flexmemory tol verify` does that.
-    """
-
-    def __init__(self, store: ToLStore) -> None:
-        """Open the store's files."""
-        self.dtype = get_codec(store.codec).dtype
-        self.layers, self.hidden_size, self.vocab_size = store.layers, store.hidden_size, store.vocab_size
-        self._store = store
-        self._codec = get_codec(store.codec)
-        self._first_tokens = [shard.first_token for shard in store.manifest.shards]
-        self._descriptors: list[int] = []
-        self._close = weakref.finalize(self, _close_all, self._descriptors)
-        for shard in store.manifest.shards:
-            descriptor = os.open(store.path / shard.file, os.O_RDONLY)
-            self._descriptors.append(descriptor)
-            if sys.platform == "linux":  # no read-ahead: the next row is somewhere else
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        self._pool = concurrent.futures.ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="tol-read")
-
-    def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U L D"]) -> None:
-        """As `RowTier.gather`."""
-        if not self._close.alive:
-            raise ValueError(f"the rows of {self._store.path} are closed; open them again")
-        _check(self, token_ids, out)
-        ids = token_ids.cpu().numpy()
-        data = torch.empty((len(ids), self._store.row_bytes), dtype=torch.uint8, pin_memory=out.is_cuda)
-        threads = max(1, min(DISK_THREADS, len(ids) // ROWS_PER_THREAD))
-        if threads == 1:
-            self._read(ids, data.numpy())
+        check_gather(self, token_ids, out)
+        token_ids = token_ids.cpu()
+        if out.is_cuda:
+            if out.device not in self._staging:
+                self._staging[out.device] = Staging(out.device, row_bytes=self._bytes.shape[1])
+            self._staging[out.device].send(
+                out,
+                fill=lambda part, buffer: torch.index_select(self._bytes, 0, token_ids[part], out=buffer),
+                decode=lambda buffer, rows: rows.view(torch.uint8).flatten(1).copy_(buffer, non_blocking=True),
+            )
+        elif out.device.type == "cpu":
+            torch.index_select(self.table, 0, token_ids, out=out)
         else:
-            parts = zip(np.array_split(ids, threads), np.array_split(data.numpy(), threads), strict=True)
-            list(self._pool.map(lambda part: self._read(*part), parts))
-        self._codec.decode(data, out)
-
-    def _read(self, ids: np.ndarray, data: np.ndarray) -> None:
-        manifest = self._store.manifest
-        for token, row in zip(ids.tolist(), data, strict=True):
-            number = bisect.bisect_right(self._first_tokens, token) - 1
-            shard = manifest.shards[number]
-            offset = shard.data_offset + (token - shard.first_token) * manifest.stride_bytes
-            read_exactly(self._descriptors[number], row, offset=offset, path=self._store.path / shard.file)
-
-    def close(self) -> None:
-        """Close the files; nothing can be gathered any more."""
-        self._pool.shutdown()
-        self._close()
-
-    def __enter__(self) -> DiskRows:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+            out.copy_(self.table.index_select(0, token_ids))
 
 
 def open_rows(store: ToLStore, where: Where, *, device: torch.device | str) -> DeviceRows | HostRows | DiskRows:
@@ -201,28 +110,12 @@ def lookup(
         ValueError: an id is out of range (checked on the CPU).
     """
     unique, index = unique_ids(token_ids)
-    shape = (len(unique), len(tier.layers), tier.hidden_size)
+    shape = (len(unique), tier.num_slices, tier.hidden_size)
     table = torch.empty(shape, dtype=tier.dtype, device=device or token_ids.device)
     tier.gather(unique, table)
-    return MemoryRows(table.to(dtype), index.to(table.device), layers=tier.layers)
+    return MemoryRows(table.to(dtype), index.to(table.device), layers=tier.layers, embedding=tier.embedding)
 
 
 def _empty_table(store: ToLStore, *, device: torch.device | str, pinned: bool = False) -> Tensor:
-    shape = (store.vocab_size, len(store.layers), store.hidden_size)
+    shape = (store.vocab_size, store.num_slices, store.hidden_size)
     return torch.empty(shape, dtype=get_codec(store.codec).dtype, device=device, pin_memory=pinned)
-
-
-def _check(tier: RowTier, token_ids: Tensor, out: Tensor) -> None:
-    shape = (len(token_ids), len(tier.layers), tier.hidden_size)
-    if out.shape != shape or out.dtype != tier.dtype or not out.is_contiguous():
-        raise ValueError(
-            f"out must be contiguous {tier.dtype} of shape {list(shape)}, got {out.dtype} of shape {list(out.shape)} "
-            f"and strides {list(out.stride())}"
-        )
-    if token_ids.device.type == "cpu":
-        check_token_ids(token_ids, tier.vocab_size)
-
-
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -14,9 +14,9 @@ from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import Transformer
 from flexmemory.tol.build import load_for_rows
 from flexmemory.tol.codec import Codec, get_codec
+from flexmemory.tol.disk import DiskRows
 from flexmemory.tol.format import Block
 from flexmemory.tol.store import ToLStore
-from flexmemory.tol.tiers import DiskRows
 
 SAMPLE = 64
 """Rows recomputed unless told otherwise."""
@@ -58,6 +58,7 @@ def verify_store(
     if sample < 0:
         raise ValueError(f"sample must not be negative, got {sample}")
     store = ToLStore.open(path, checkpoint=checkpoint)
+    store.counts()
     damaged = store.damaged_blocks()
     if damaged:
         raise ValueError(f"ToL store {store.path} is damaged in {_enumerate(damaged)}; build it again")
@@ -72,16 +73,20 @@ def _verify_rows(store: ToLStore, checkpoint: Checkpoint, *, sample: int, seed: 
     chosen = torch.randperm(store.vocab_size, generator=generator)[:sample]
     token_ids = torch.cat((chosen, torch.tensor([0, store.vocab_size - 1]))).unique()
     codec = get_codec(store.codec)
-    stored = torch.empty((len(token_ids), len(store.layers), store.hidden_size), dtype=codec.dtype)
+    stored = torch.empty((len(token_ids), store.num_slices, store.hidden_size), dtype=codec.dtype)
     with DiskRows(store) as rows:
         rows.gather(token_ids, stored)
-    low, high = _bounds(load_for_rows(checkpoint, device="cpu"), token_ids, store.layers, codec)
+    model = load_for_rows(checkpoint, device="cpu")
+    low, high = _bounds(model, token_ids, store.layers, codec)
+    if store.embedding:
+        embeddings = _as_stored(model.embed(token_ids)[:, None], codec)  # moved, not computed: these bits and no others
+        low, high = torch.cat((embeddings, low), dim=1), torch.cat((embeddings, high), dim=1)
     inside = (low <= stored) & (stored <= high)  # false for NaN
     if not inside.all():
         row, place, element = (~inside).nonzero()[0].tolist()
         raise ValueError(
-            f"ToL store {store.path} does not hold the model's row of token {int(token_ids[row])}: layer "
-            f"{store.layers[place]} has {float(stored[row, place, element]):.9g} at {element}, expected "
+            f"ToL store {store.path} does not hold the model's row of token {int(token_ids[row])}: "
+            f"{store.manifest.slice_name(place)} has {float(stored[row, place, element]):.9g} at {element}, expected "
             f"{float(low[row, place, element]):.9g} to {float(high[row, place, element]):.9g}; build it again"
         )
     return len(token_ids)
@@ -89,7 +94,7 @@ def _verify_rows(store: ToLStore, checkpoint: Checkpoint, *, sample: int, seed: 
 
 def _bounds(
     model: Transformer, token_ids: Int[Tensor, " U"], layers: tuple[int, ...], codec: Codec
-) -> tuple[Float[Tensor, "U L D"], Float[Tensor, "U L D"]]:
+) -> tuple[Float[Tensor, "U slices D"], Float[Tensor, "U slices D"]]:
     """The smallest and largest number that each number of a row may be stored as.
 
     GEMMs of another height round differently, so rows are not bitwise what they were at building. But they are within
@@ -97,7 +102,7 @@ def _bounds(
     few times its largest error. Codecs round monotonically, so what is stored lies between the two ends as stored.
     """
     kept = list(layers)
-    embeddings = model.embedding(token_ids).double()
+    embeddings = model.embed(token_ids).double()
     exact = torch.stack([copy.deepcopy(m).double()(token_ids, embeddings) for m in model.memories], dim=1)[:, kept]
     computed = model.compute_rows(token_ids)[:, kept]
     error = (computed.double() - exact).abs().amax(dim=-1, keepdim=True)
@@ -106,7 +111,7 @@ def _bounds(
     return _as_stored(exact - margin, codec), _as_stored(exact + margin, codec)
 
 
-def _as_stored(rows: Float[Tensor, "U L D"], codec: Codec) -> Float[Tensor, "U L D"]:
+def _as_stored(rows: Float[Tensor, "U slices D"], codec: Codec) -> Float[Tensor, "U slices D"]:
     out = torch.empty(rows.shape, dtype=codec.dtype)
     codec.decode(codec.encode(rows), out)
     return out

@@ -14,7 +14,7 @@ TEMPERATURE = 0.8
 def sample_text(model: Transformer, *, tokenizer: Tokenizer, num_tokens: int, seed: int) -> str:
     """The first `num_tokens` of a document by `model`, at temperature 0.8; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
+    device, dtype = model.device, model.dtype
     cache = KVCache(model.config, batch_size=1, capacity=num_tokens, device=device, dtype=dtype)
     token_ids = [tokenizer.boundary_id]
     with torch.no_grad():

@@ -71,7 +71,7 @@ class TrainingModel(nn.Module):
 
     def compute_rows(self, unique_ids: Tensor) -> Tensor:
         """Rows and embeddings of `unique_ids` (U,) as one table (U, L + 1, D)."""
-        embeddings = self.model.embedding(unique_ids)
+        embeddings = self.model.embed(unique_ids)
         rows = [memory(unique_ids, embeddings) for memory in self.model.memories]
         return torch.stack([*rows, embeddings], dim=1)
 
@@ -112,7 +112,7 @@ def training_model(model: Transformer, *, config: TrainConfig, world: World | No
 
     Its parameters may be others afterwards: make the optimizer later.
     """
-    world = world or World(device=model.embedding.weight.device)
+    world = world or World(device=model.device)
     module = TrainingModel(model, config=config, world=world)
     if config.compile == "on" or (config.compile == "auto" and world.device.type == "cuda"):
         _compile(module)
@@ -121,7 +121,7 @@ def training_model(model: Transformer, *, config: TrainConfig, world: World | No
     if bf16 or world.size > 1:
         memories = [block.memory for block in model.blocks if isinstance(block, MemoryBlock) and block.memory]
         # An embedding of its own gets its gradient from the table alone, so it cannot be summed with the head's.
-        own = [] if model.config.tie_embeddings else [model.embedding]
+        own = [] if model.config.tie_embeddings or model.embedding is None else [model.embedding]
         spread(
             module,
             units=[*model.blocks, *own],
