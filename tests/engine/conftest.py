@@ -13,16 +13,26 @@ from tests.conftest import VARIED, random_model
 
 
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LoadedModel]:
-    """`loaded(name, place)`: a random model in fp64, its rows computed or looked up in a store of fp32."""
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """`saved(name)`: a checkpoint of a random model."""
     folder = tmp_path_factory.mktemp("engine")
 
-    def load(name: str, place: RowPlace = "compute", *, device: str = "cpu") -> LoadedModel:
-        path, store = folder / name, folder / f"{name}-tol"
-        if not path.exists():
-            with atomic_folder(path) as half:
+    def save(name: str) -> Checkpoint:
+        if not (folder / name).exists():
+            with atomic_folder(folder / name) as half:
                 save_checkpoint(half, random_model(VARIED[name], dtype=torch.float32), None)
-        checkpoint = Checkpoint.open(path)
+        return Checkpoint.open(folder / name)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def loaded(saved: Callable[[str], Checkpoint]) -> Callable[..., LoadedModel]:
+    """`loaded(name, place)`: a random model in fp64, its rows computed or looked up in a store of fp32."""
+
+    def load(name: str, place: RowPlace = "compute", *, device: str = "cpu") -> LoadedModel:
+        checkpoint = saved(name)
+        store = checkpoint.path.with_name(f"{name}-tol")
         if place != "compute" and not store.exists():
             build_store(checkpoint, store, codec="fp32")
         tol = None if place == "compute" else store

@@ -19,8 +19,11 @@ from flexmemory.model.transformer import Transformer
 class Ticket(Protocol):
     """Tokens that a device may still be choosing."""
 
-    def tokens(self) -> list[int]:
-        """The tokens, one a slot from slot 0 (of those that are not active: anything); waits until they are known."""
+    def tokens(self) -> list[int | OSError]:
+        """The tokens, one a slot from slot 0 (of those that are not active: anything); waits until they are known.
+
+        In place of a token, why the rows that it takes could not be read; the slot is of no use from then on.
+        """
         ...
 
 
@@ -34,39 +37,30 @@ class Decoder(Protocol):
         ...
 
     def launch(self, num_slots: int) -> Ticket:
-        """Begin a decode step over the slots [0, num_slots), at least one of them active, as `Slots` defines it.
-
-        Raises:
-            UnreadableRowsError: nothing was launched, and cannot be before the slots it names are closed.
-        """
+        """Begin a decode step over the slots [0, num_slots), at least one of them active, as `Slots` defines it."""
         ...
-
-
-class UnreadableRowsError(OSError):
-    """The rows that some slots need cannot be read."""
-
-    def __init__(self, errors: Mapping[int, OSError]) -> None:
-        """Say why, for each slot concerned."""
-        super().__init__(f"the rows of slots {sorted(errors)} cannot be read")
-        self.errors = errors
 
 
 class CopiedTokens:
     """A ticket for tokens on any device: a copy of them is on its way to the host."""
 
-    def __init__(self, token_ids: Int[Tensor, " n"]) -> None:
-        """Begin the copy; on a GPU nothing waits for it."""
+    def __init__(self, token_ids: Int[Tensor, " n"], errors: Mapping[int, OSError] | None = None) -> None:
+        """Begin the copy; on a GPU nothing waits for it. `errors` stand in place of the tokens of some slots."""
+        self._errors = errors or {}
         self._event = torch.cuda.Event() if token_ids.is_cuda else None
         self._tokens = torch.empty_like(token_ids, device="cpu", pin_memory=token_ids.is_cuda)
         self._tokens.copy_(token_ids, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> list[int | OSError]:
         """The tokens, once they are here."""
         if self._event is not None:
             self._event.synchronize()
-        return self._tokens.tolist()
+        tokens: list[int | OSError] = self._tokens.tolist()
+        for slot, error in self._errors.items():
+            tokens[slot] = error
+        return tokens
 
 
 class EagerDecoder:
@@ -81,28 +75,42 @@ class EagerDecoder:
     def launch(self, num_slots: int) -> CopiedTokens:
         """As `Decoder.launch`."""
         slots = self._slots
-        active = slots.active[:num_slots]
-        # A slot that is not active borrows a token, so that no row is read for it.
-        some = active.int().argmax()
-        token_ids = torch.where(active, slots.token_ids[:num_slots], slots.token_ids[some])[:, None]
-        rows = self._rows(token_ids, active)
+        token_ids, active = slots.token_ids[:num_slots], slots.active[:num_slots]
+        errors: dict[int, OSError] = {}
+        try:
+            rows = self._rows(token_ids, active)
+        except OSError as error:
+            errors, readable = self._unreadable(token_ids, active, error)
+            if not readable.any():
+                return CopiedTokens(token_ids, errors)
+            rows = self._rows(token_ids, readable)
+            active = readable
         lengths = slots.lengths[:num_slots]
         cache = slots.step_cache(num_slots, longest=int(lengths.max()))
-        hidden = self._model.hidden_states(token_ids, rows, cache, lengths[:, None])[:, -1]  # (n, D)
-        return CopiedTokens(slots.advance(self._model.head(hidden), slots.how))
+        inputs = _borrowed(token_ids, active)[:, None]
+        hidden = self._model.hidden_states(inputs, rows, cache, lengths[:, None])[:, -1]  # (n, D)
+        return CopiedTokens(slots.advance(self._model.head(hidden), slots.how), errors)
 
-    def _rows(self, token_ids: Int[Tensor, "n 1"], active: Bool[Tensor, " n"]) -> Rows | None:
-        if self._row_source is None:
-            return None
-        try:
-            return self._row_source(token_ids)
-        except OSError as error:
-            together = error
+    def _rows(self, token_ids: Int[Tensor, " n"], active: Bool[Tensor, " n"]) -> Rows | None:
+        return None if self._row_source is None else self._row_source(_borrowed(token_ids, active)[:, None])
+
+    def _unreadable(
+        self, token_ids: Int[Tensor, " n"], active: Bool[Tensor, " n"], together: OSError
+    ) -> tuple[dict[int, OSError], Bool[Tensor, " n"]]:
+        """Which slots' rows cannot be read and why, and the active slots without them."""
+        assert self._row_source is not None
         used = active.nonzero().flatten().tolist()
         errors: dict[int, OSError] = {}
         for slot in used:
             try:
-                self._row_source(token_ids[slot : slot + 1])
+                self._row_source(token_ids[slot : slot + 1, None])
             except OSError as error:
                 errors[slot] = error
-        raise UnreadableRowsError(errors or dict.fromkeys(used, together)) from together
+        readable = active.clone()
+        readable[list(errors or used)] = False
+        return errors or dict.fromkeys(used, together), readable
+
+
+def _borrowed(token_ids: Int[Tensor, " n"], active: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The ids, those of slots that are not active replaced by another slot's, so that no row is read for them."""
+    return torch.where(active, token_ids, token_ids[active.int().argmax()])

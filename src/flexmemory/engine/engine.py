@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from flexmemory.engine.decoder import CopiedTokens, Decoder, EagerDecoder, Ticket, UnreadableRowsError
+from flexmemory.engine.decoder import CopiedTokens, Decoder, EagerDecoder, Ticket
 from flexmemory.engine.prefill import Chunk, Prefill
 from flexmemory.engine.reference import RowSource
 from flexmemory.engine.sampling import Sampling
@@ -224,16 +224,7 @@ class Engine:
 
     def _decode(self) -> None:
         self._compact()
-        try:
-            ticket = self._decoder.launch(max(self._running) + 1)
-        except UnreadableRowsError as failure:
-            failed = [(self._running[slot], error) for slot, error in failure.errors.items()]
-            self._collect(0)  # what they have so far
-            for request, error in failed:
-                if request.finish_reason is None:
-                    self._end(request, "error", error)
-            return
-        self._launched(ticket, dict(self._running))
+        self._launched(self._decoder.launch(max(self._running) + 1), dict(self._running))
 
     def _launched(self, ticket: Ticket, requests: dict[int, Request]) -> None:
         self._in_flight.append((ticket, requests))
@@ -261,10 +252,14 @@ class Engine:
             for place, request in requests.items():
                 if request.finish_reason is not None:
                     continue  # ended while the step was in flight
-                if tokens[place] in request.stop_ids:
+                token = tokens[place]
+                if isinstance(token, OSError):
+                    self._end(request, "error", token)
+                    continue
+                if token in request.stop_ids:
                     self._end(request, "stop")
                     continue
-                request.tokens.append(tokens[place])
+                request.tokens.append(token)
                 if len(request.tokens) == request.max_new_tokens:
                     self._end(request, "length")
 

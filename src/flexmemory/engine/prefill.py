@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexmemory.engine.reference import RowSource
 from flexmemory.engine.slots import Slots
-from flexmemory.model.memory import Rows
+from flexmemory.model.memory import MemoryRows, Rows
 from flexmemory.model.transformer import Transformer
 
 
@@ -72,12 +72,22 @@ class Prefill:
         token_ids = chunk.token_ids
         if self._stream is not None:
             token_ids = token_ids.pin_memory().to(self._device, non_blocking=True)
-        cache = self._slots.prompt_cache(slot, length=chunk.start)
-        logits = self._model.head(self._model.hidden_states(token_ids, rows, cache)[:, -1])
+        logits = self._logits(token_ids, rows, slot, start=chunk.start)
         self._slots.filled(slot, chunk.stop)
         if self._stream is not None and rows is not None:
             self._hold(rows)
         return logits
+
+    def _logits(self, token_ids: Tensor, rows: Rows | None, slot: int, *, start: int) -> Tensor:
+        model, slots = self._model, self._slots
+        if self._stream is not None and rows is None and model.config.has_memory:
+            rows = model.rows(token_ids)
+        if self._stream is not None and (rows is None or isinstance(rows, MemoryRows)):
+            from flexmemory.engine.prompt import prompt_logits  # Triton is there where a GPU is
+
+            states = slots.states[:, :, slot : slot + 1]
+            return prompt_logits(model, token_ids[0], rows, start=start, rotary=slots.rotary, states=states)
+        return model.head(model.hidden_states(token_ids, rows, slots.prompt_cache(slot, length=start))[:, -1])
 
     def _hold(self, rows: Rows) -> None:
         event = torch.cuda.Event()

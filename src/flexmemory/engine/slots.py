@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexmemory.config import ModelConfig
 from flexmemory.engine.sampling import How, Sampling, SamplingTensors, how_to_sample, sample
+from flexmemory.model.attention import rotary_table
 from flexmemory.model.kv_cache import KVCache
 
 
@@ -34,6 +35,10 @@ class Slots:
         self.states = torch.empty(shape, device=device, dtype=dtype)
         """Keys and values, (L, 2, S, G, C, E)."""
         self.capacity = capacity
+        self.rotary = rotary_table(
+            torch.arange(capacity, device=device), head_size=config.head_size, theta=config.rope_theta, dtype=dtype
+        )
+        """Cosines and sines of every position, (2, C, E)."""
         self.token_ids = torch.zeros(num_slots, dtype=torch.int64, device=device)
         """The next input of each slot."""
         self.lengths = torch.zeros(num_slots, dtype=torch.int32, device=device)
@@ -44,6 +49,8 @@ class Slots:
         """The settings of each slot."""
         self.how: How = "greedy"
         """What the settings of all slots need of a decode step."""
+        self.fresh: set[int] = set()
+        """Active slots whose next input no decode step chose: a decoder that must know it looks, and clears this."""
         self._settings = [Sampling()] * num_slots
 
     def open(self, slot: int, sampling: Sampling) -> None:
@@ -61,6 +68,7 @@ class Slots:
     def _reset(self, slot: int, sampling: Sampling) -> None:
         self.active[slot] = False
         self.lengths[slot] = 0
+        self.fresh.discard(slot)
         self._set_sampling(slot, sampling)
 
     def _set_sampling(self, slot: int, sampling: Sampling) -> None:
@@ -78,6 +86,7 @@ class Slots:
         token = sample(logits, self.sampling[one], self.lengths[one], self._settings[slot].how)
         self.token_ids[one] = token
         self.active[slot] = True
+        self.fresh.add(slot)
         return token
 
     def stop(self, slot: int) -> None:
@@ -90,6 +99,7 @@ class Slots:
         self.states[:, :, target, :, :length] = self.states[:, :, source, :, :length]
         for tensor in (self.token_ids, self.lengths, self.active):
             tensor[target] = tensor[source]
+        self.fresh.add(target)
         self.close(source)
 
     def advance(self, logits: Float[Tensor, "n V"], how: How) -> Int[Tensor, " n"]:
