@@ -105,6 +105,10 @@ def test_any_schedule_gives_the_tokens_of_the_reference(loaded, poisoned, name, 
             assert (request.finish_reason, len(expected)) == ("length", request.max_new_tokens)
         assert request.tokens == expected
         assert request.slot is None
+    slots = engine.slots
+    assert slots.how == "greedy"
+    assert not slots.active.any()
+    assert not slots.lengths.any()
 
 
 def test_streams_and_batches(loaded):

@@ -58,6 +58,13 @@ def test_top_p_is_taken_at_the_temperature():
     assert kept.tolist() == [1, 2, 4]
 
 
+def test_all_means_all():
+    """Even where the probabilities of the likely tokens sum to more than 1, by rounding."""
+    logits = torch.cat((torch.zeros(1000), torch.full((5,), -30.0)))[None]
+    assert logits.softmax(dim=-1)[:, :1000].double().sum() > 1
+    assert filter_logits(logits, tensors(Sampling(temperature=1.0))).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
