@@ -68,8 +68,8 @@ class HostRows:
 
     def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U slices D"]) -> None:
         """As `RowTier.gather`."""
-        check_gather(self, token_ids, out)
         token_ids = token_ids.cpu()
+        check_gather(self, token_ids, out)
         if out.is_cuda:
             if out.device not in self._staging:
                 self._staging[out.device] = Staging(out.device, row_bytes=self._bytes.shape[1])
