@@ -35,7 +35,7 @@ def engine_of(model, tier, *, forced=None, **sizes):
 
     def decoder(slots):
         slots.states.fill_(torch.nan)
-        return GraphDecoder(model, slots, tier, forced=forced)
+        return GraphDecoder(model, slots, tier=tier, forced=forced)
 
     return Engine(model, row_source=source_of(tier), decoder=decoder, **sizes)
 

@@ -9,6 +9,8 @@ from flexmemory.model.accounting import count_parameters
 from flexmemory.model.checkpoint import Checkpoint, save_checkpoint
 from flexmemory.storage import atomic_folder
 from flexmemory.tol.build import build_store
+from flexmemory.tol.disk import DiskRows
+from flexmemory.tol.hot import HotRows
 from flexmemory.tol.tiers import Where
 from tests.conftest import VARIED, random_model
 
@@ -89,3 +91,46 @@ def test_embeddings_in_the_rows_are_not_loaded_twice(name, tmp_path, tokens, dev
     texts = [list(generate(m.model, [1, 2], row_source=m.row_source, max_new_tokens=9)) for m in (loaded, other)]
     assert texts[0] == texts[1]
     assert f"{loaded.weight_bytes / 1e6:,.2f} MB of weights on {device}" in loaded.describe()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("part", ["head", "all"])
+def test_int8_is_loaded_and_its_bytes_counted(checkpoint, tokens, part, device):
+    exact, int8 = load_model(checkpoint, device=device), load_model(checkpoint, device=device, int8=part)
+    plan = load_model(checkpoint, device=device, int8=part, memory_budget=10**9).placement
+    assert plan is not None
+    assert int8.weight_bytes == sum(i.nbytes for i in plan.items if i.name in ("weights", "embedding"))
+    ids = tokens(1, 20).to(device)
+    with torch.no_grad():
+        expected = exact.model(ids)
+        assert 0 < (int8.model(ids) - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_budget_decides_where_rows_are(checkpoint, tmp_path, tokens, device, counted):
+    counts = torch.arange(checkpoint.config.vocab_size) if counted else None
+    store = build_store(checkpoint, tmp_path / "tol", codec="fp32", counts=counts)
+    roomy = load_model(checkpoint, tol=store.path, device=device, memory_budget=10**9)
+    assert roomy.placement is not None
+    needed = roomy.placement.used("device") - (store.nbytes if device == "cuda" else 0)
+    tight = load_model(checkpoint, tol=store.path, device=device, memory_budget=needed + 100_000, rows="disk")
+    assert roomy.rows == ("disk" if device == "cpu" else "device")
+    assert isinstance(tight.tier, DiskRows if device == "cpu" else HotRows)
+    if isinstance(tight.tier, HotRows):
+        assert tight.placement is not None
+        assert len(tight.tier.hot) == (tight.placement.hot_rows if counted else 0)
+    ids = tokens(2, 20).to(device)
+    expected = load_model(checkpoint, device=device).model
+    for loaded in (roomy, tight):
+        assert loaded.row_source is not None
+        with torch.no_grad():
+            logits = loaded.model(ids, loaded.row_source(ids))
+            torch.testing.assert_close(logits, expected(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_budgets_that_cannot_be_kept_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="too small"):
+        load_model(checkpoint, memory_budget=1000)
+    with pytest.raises(ValueError, match="on a CPU there is one memory"):
+        load_model(checkpoint, host_budget=10**9)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +42,36 @@ def test_memory_weights_are_not_read_when_not_wanted(tmp_path, tokens):
     ids = tokens(1, 9)
     with torch.no_grad():
         assert torch.equal(resident(ids, model.rows(ids)), model(ids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_weights_are_mapped_each_on_its_own_and_never_written_back(tmp_path):
+    def mappings():
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    model = saved(tmp_path / "checkpoint", "nano-memory")
+    checkpoint = Checkpoint.open(tmp_path / "checkpoint")
+    loaded = checkpoint.load(memory=False)
+    assert mappings() == len(list(loaded.parameters()))
+    with torch.no_grad():
+        loaded.norm.weight.zero_()
+        loaded.blocks[0] = torch.nn.Identity()
+    checkpoint.verify()
+    assert mappings() == len(list(loaded.parameters()))
+    assert torch.equal(checkpoint.load().norm.weight, model.norm.weight)
+    converted = checkpoint.load(dtype=torch.float64)
+    del loaded
+    assert mappings() == 0
+    assert converted.norm.weight.dtype == torch.float64
+
+
+def test_loading_a_model_needs_no_compiler(tmp_path):
+    saved(tmp_path / "checkpoint", "ffn+table")
+    code = (
+        "import sys; from flexmemory.model.checkpoint import Checkpoint; "
+        f"Checkpoint.open({str(tmp_path / 'checkpoint')!r}).load(); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_tied_head_is_stored_once_and_stays_tied(tmp_path):

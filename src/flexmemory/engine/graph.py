@@ -30,6 +30,8 @@ NARROW = 1
 """Sequences up to which `Kernels` are faster than matrix products."""
 RING = 8
 """Steps whose tokens are kept on the host."""
+PATIENCE_S = 60
+"""Seconds after which a step counts as lost."""
 
 
 @triton.jit
@@ -53,8 +55,8 @@ class GraphDecoder:
         self,
         model: Transformer,
         slots: Slots,
-        tier: RowTier | None,
         *,
+        tier: RowTier | None,
         forced: Int[Tensor, "S C"] | None = None,
     ) -> None:
         """Decode with `model`, whose rows are looked up in `tier`; a dense model has none.
@@ -165,7 +167,7 @@ class GraphDecoder:
             self._step(num_slots, how, (*[tensor.clone() for tensor in state[:-1]], self._ring.clone().pin_memory()))
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._step(num_slots, how, state)
         self._graphs[num_slots, how] = graph
         return graph
@@ -184,7 +186,8 @@ class GraphDecoder:
         return tokens
 
     def _wait(self, slot: int, step: int) -> int:
-        looks = 0
+        """The token of a slot's step, once it is there."""
+        looks, started = 0, time.monotonic()
         while True:
             entry = int(self._ring_view[slot, step % RING])
             if entry >> 32 == step + 1:
@@ -192,8 +195,8 @@ class GraphDecoder:
             looks += 1
             if looks % 1000 == 0:
                 torch.cuda.current_stream().query()  # raises if the device failed
-                if looks > 20_000:
-                    time.sleep(1e-4)
+                if time.monotonic() - started > PATIENCE_S:
+                    raise RuntimeError(f"the GPU has not finished a decode step in {PATIENCE_S} s")
 
 
 class _Ticket:

@@ -9,14 +9,24 @@ from typing import Literal, get_args
 
 import torch
 
+from flexmemory.device import free_memory
+from flexmemory.engine.engine import Engine
+from flexmemory.engine.int8 import Int8Part, quantize
+from flexmemory.engine.placement import PREFILL_TOKENS, Budget, Placement, StoreFacts, place
 from flexmemory.engine.reference import RowSource
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import Transformer
+from flexmemory.tol.codec import get_codec
+from flexmemory.tol.contract import RowTier
+from flexmemory.tol.disk import DiskRows
+from flexmemory.tol.hot import HotRows, HotSet
 from flexmemory.tol.store import ToLStore
-from flexmemory.tol.tiers import DiskRows, lookup, open_rows
+from flexmemory.tol.tiers import Where, lookup, open_rows
 
 RowPlace = Literal["compute", "device", "host", "disk"]
 """Where rows come from: computed by FFN-M, or looked up in a table on the device, in host memory or on disk."""
+FREE_SHARE = 0.9
+"""Of free memory, what is used where no budget is given for it: a plan does not see everything."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -32,6 +42,32 @@ class LoadedModel:
     """Bytes of the weights that were loaded."""
     table_bytes: int
     """Bytes of rows in memory, on device or host."""
+    tier: RowTier | None
+    """Behind `row_source`; `HotRows` where the placement has hot rows."""
+    placement: Placement | None
+    """What was planned; None where no budget was given."""
+
+    def engine(
+        self, *, max_sequences: int = 1, max_length: int | None = None, prefill_chunk: int = PREFILL_TOKENS
+    ) -> Engine:
+        """An engine for this model: captured decoding where it runs on a GPU and looks rows up, or has none.
+
+        Raises:
+            ValueError: a size is impossible.
+        """
+        decoder = None
+        if self.model.device.type == "cuda" and (self.tier is not None or not self.model.config.has_memory):
+            from flexmemory.engine.graph import GraphDecoder  # Triton is there where a GPU is
+
+            decoder = partial(GraphDecoder, self.model, tier=self.tier)
+        return Engine(
+            self.model,
+            row_source=self.row_source,
+            max_sequences=max_sequences,
+            max_length=max_length,
+            prefill_chunk=prefill_chunk,
+            decoder=decoder,
+        )
 
     def describe(self) -> str:
         """One line: what is in memory."""
@@ -51,37 +87,107 @@ def load_model(
     rows: RowPlace | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    int8: Int8Part | None = None,
+    memory_budget: int | None = None,
+    host_budget: int | None = None,
+    sequences: int = 1,
+    length: int | None = None,
 ) -> LoadedModel:
     """Load a model to generate or evaluate with.
 
     Args:
         checkpoint: Its weights.
         tol: A ToL store built from them; with it, memory weights are not read.
-        rows: Where rows come from; by default `disk` with a store and `compute` without.
+        rows: Where rows come from; by default `disk` with a store and `compute` without. Within a budget, as near as
+            they fit (`engine/placement.py`).
         device: Where the model runs.
         dtype: Of the weights and of computation; as stored by default.
+        int8: Weights to make int8.
+        memory_budget: Bytes of the device's memory to use; by default, where the other budget is given, nine tenths of
+            what is free.
+        host_budget: Bytes of host memory to use beside a GPU, with the same default.
+        sequences: Sequences at once that a budget has to allow for.
+        length: Their longest length; by default the model's.
 
     Raises:
-        ValueError: `rows` and `tol` do not go together, or the store is not of this checkpoint.
+        ValueError: `rows` and `tol` do not go together, the store is not of this checkpoint, or a budget is too small.
     """
-    place = rows or ("compute" if tol is None else "disk")
-    if place not in get_args(RowPlace):
-        raise ValueError(f"rows must be one of {', '.join(get_args(RowPlace))}, got {place!r}")
-    if (place == "compute") != (tol is None):
+    chosen = rows or ("compute" if tol is None else "disk")
+    if chosen not in get_args(RowPlace):
+        raise ValueError(f"rows must be one of {', '.join(get_args(RowPlace))}, got {chosen!r}")
+    if (chosen == "compute") != (tol is None):
         needs = "a ToL store (--tol DIR)" if tol is None else "no ToL store: leave out --tol, or the rows option"
-        raise ValueError(f"rows from {place!r} need {needs}")
+        raise ValueError(f"rows from {chosen!r} need {needs}")
     if tol is not None and not checkpoint.config.has_memory:
         raise ValueError(f"{checkpoint.path} is a dense model: it has no rows to look up; leave out the ToL store")
     store = None if tol is None else ToLStore.open(tol, checkpoint=checkpoint)  # refuse before loading weights
+    placement = None
+    if memory_budget is not None or host_budget is not None:
+        placement = place(
+            checkpoint.config,
+            budget=_budget(torch.device(device), memory_budget, host_budget),
+            dtype=dtype or checkpoint.stored_dtype(),
+            store=None if store is None else store_facts(store),
+            rows=None if rows in (None, "compute") else rows,
+            int8=int8,
+            sequences=sequences,
+            length=length,
+        )
+        chosen = placement.rows or chosen
     carried = store is not None and store.embedding
     model = checkpoint.load(memory=store is None, embedding=not carried, device=device, dtype=dtype)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    source, table_bytes = (None, 0) if store is None else _looked_up(store, model, place)
-    return LoadedModel(model=model, row_source=source, rows=place, weight_bytes=weight_bytes, table_bytes=table_bytes)
+    if int8 is not None:
+        quantize(model, int8)
+    tier, table_bytes = None, 0
+    if store is not None:
+        assert chosen != "compute"
+        tier, table_bytes = _open_tier(
+            store, chosen, device=model.device, hot_rows=placement.hot_rows if placement else 0
+        )
+    return LoadedModel(
+        model=model,
+        row_source=None if tier is None else partial(lookup, tier, dtype=model.dtype, device=model.device),
+        rows=chosen,
+        weight_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        table_bytes=table_bytes,
+        tier=tier,
+        placement=placement,
+    )
 
 
-def _looked_up(store: ToLStore, model: Transformer, where: RowPlace) -> tuple[RowSource, int]:
-    assert where != "compute"
-    tier = open_rows(store, where, device=model.device)
+def store_facts(store: ToLStore) -> StoreFacts:
+    """What a placement needs to know of a store.
+
+    Raises:
+        ValueError: its counts are damaged.
+    """
+    itemsize = get_codec(store.codec).dtype.itemsize
+    return StoreFacts(
+        row_bytes=store.num_slices * store.hidden_size * itemsize,
+        disk_bytes=store.nbytes,
+        vocab_size=store.vocab_size,
+        embedding=store.embedding,
+        counts=store.counts(),
+    )
+
+
+def _budget(device: torch.device, memory: int | None, host: int | None) -> Budget:
+    if device.type == "cpu" and host is not None:
+        raise ValueError("on a CPU there is one memory: give a memory budget and no host budget")
+    if memory is None:
+        memory = int(FREE_SHARE * free_memory(device))
+    if device.type != "cpu" and host is None:
+        host = int(FREE_SHARE * free_memory(torch.device("cpu")))
+    return Budget(device=memory, host=host)
+
+
+def _open_tier(store: ToLStore, where: Where, *, device: torch.device, hot_rows: int) -> tuple[RowTier, int]:
+    """The rows and their bytes in memory, behind a hot set: empty, to be learnt, where there are no counts."""
+    tier = open_rows(store, where, device=device)
     table_bytes = 0 if isinstance(tier, DiskRows) else tier.table.nbytes
-    return partial(lookup, tier, dtype=model.dtype, device=model.device), table_bytes
+    if not hot_rows:
+        return tier, table_bytes
+    known = store.manifest.counts is not None
+    ids = store.hot_ids(hot_rows) if known else torch.empty(0, dtype=torch.int64)
+    hot = HotSet.load(tier, ids, device=device)
+    return HotRows(tier, hot), table_bytes + hot.nbytes

@@ -139,6 +139,10 @@ class Checkpoint:
         """
         return Tokenizer.load(self.path)
 
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the weights on disk."""
+        return _read_tensor(self.path / WEIGHTS, "norm.weight", device="cpu").dtype
+
     def load(
         self,
         *,
@@ -148,6 +152,9 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
     ) -> Transformer:
         """The model, in inference mode of its modules (`eval`), in `dtype` (as stored by default) on `device`.
+
+        On a CPU, weights in the dtype that they are stored in are mapped, not read: they come to memory when they are
+        used, and can leave it again. The mapping is private, so writing to a weight changes no file.
 
         Args:
             memory: Whether to read the weights that rows replace; without them `forward` needs `rows`.
@@ -163,23 +170,29 @@ class Checkpoint:
             model = Transformer(self.config, with_memory=memory, with_embedding=embedding)
         expected = dict(model.named_parameters())  # a tied head appears once, as the embedding
         try:
-            with safe_open(self.path / WEIGHTS, framework="pt", device=str(device)) as file:
+            with safe_open(self.path / WEIGHTS, framework="pt") as file:
                 names = {name for name in file.keys() if memory or ".memory." not in name}  # noqa: SIM118 - not a mapping
-                if model.embedding is None:
-                    names.discard("embedding.weight")
-                if names != expected.keys():
-                    odd = ", ".join(sorted(names ^ expected.keys())[:5])
-                    raise ValueError(f"{self.path / WEIGHTS} does not fit its config.json: see tensors {odd}")
-                for name, parameter in expected.items():
-                    tensor = file.get_tensor(name)
-                    if tensor.shape != parameter.shape:
-                        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(parameter.shape)}")
-                    owner, _, attribute = name.rpartition(".")
-                    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(dtype or tensor.dtype)))
+            if model.embedding is None:
+                names.discard("embedding.weight")
+            if names != expected.keys():
+                odd = ", ".join(sorted(names ^ expected.keys())[:5])
+                raise ValueError(f"{self.path / WEIGHTS} does not fit its config.json: see tensors {odd}")
+            for name, parameter in expected.items():
+                tensor = _read_tensor(self.path / WEIGHTS, name, device=device)
+                if tensor.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(parameter.shape)}")
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor.to(dtype or tensor.dtype)))
         except SafetensorError as error:
             raise ValueError(f"{self.path / WEIGHTS} cannot be read ({error}); it is damaged") from error
         model.tie_head()
         return model.eval()
+
+
+def _read_tensor(path: Path, name: str, *, device: torch.device | str) -> Tensor:
+    """One tensor, on a CPU as a mapping of its own, so that a weight that is replaced gives its memory back."""
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        return file.get_tensor(name)
 
 
 def find_checkpoint(path: Path) -> Path:

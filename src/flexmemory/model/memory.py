@@ -90,6 +90,11 @@ class ScaledRows:
         return self._rows.embeddings()
 
 
+def empty_embedding(config: ModelConfig) -> nn.Embedding:
+    """A table of V rows, not initialised: on the meta device that would import torch's compiler, which takes 1.1 s."""
+    return nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+
+
 class LayerMemory(nn.Module):
     """The memory of one layer: FFN-M behind a norm of its own, a free table, or their sum."""
 
@@ -102,7 +107,7 @@ class LayerMemory(nn.Module):
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
         has_table = config.memory_kind != "ffn"
-        self.table = nn.Embedding(config.vocab_size, config.hidden_size) if has_table else None
+        self.table = empty_embedding(config) if has_table else None
 
     def query(self, embeddings: Float[Tensor, "U D"]) -> Float[Tensor, "U D"]:
         """What FFN-M sees of a token: q = LN_L(E[t]), Sec. 2.3.1."""

@@ -15,7 +15,7 @@ from flexmemory.config import ModelConfig
 from flexmemory.model.attention import Attention, rotary_table
 from flexmemory.model.ffn import SwiGLU, ffn_c
 from flexmemory.model.kv_cache import KVCacheLike
-from flexmemory.model.memory import LayerMemory, MemoryRows, Rows, unique_ids
+from flexmemory.model.memory import LayerMemory, MemoryRows, Rows, empty_embedding, unique_ids
 
 
 class Block(nn.Module):
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         present = with_embedding or config.tie_embeddings
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size) if present else None
+        self.embedding = empty_embedding(config) if present else None
         block = _BLOCKS[config.architecture]
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
