@@ -76,7 +76,7 @@ def gather_rates(store, where: str, device: torch.device) -> dict[str, float]:
     tier, seconds = timed(lambda: open_rows(store, where, device=device))
     figures = {"open_s": seconds}
     for count in GATHERED:
-        out = torch.empty(count, len(store.layers), store.hidden_size, dtype=tier.dtype, device=device)
+        out = torch.empty(count, store.num_slices, store.hidden_size, dtype=tier.dtype, device=device)
         times = []
         for seed in range(21):
             ids = torch.randperm(store.vocab_size, generator=torch.Generator().manual_seed(seed))[:count]

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from flexmemory.tokenizer import BOUNDARY, Tokenizer
+from flexmemory.tokenizer import BOUNDARY, Tokenizer, until_stop
 
 TEXT = "The cache holds rows. Nothing is lost, nothing is added: a row is a row is a row.\n" * 20
 STRANGE = [
@@ -159,3 +159,23 @@ def test_the_hub_is_asked(tokenizer, tmp_path, monkeypatch):
     Path(repository, "refs", "main").write_text(snapshot.name)
     tokenizer.save(snapshot)
     assert Tokenizer.from_hub("owner/name").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "text"),
+    [
+        (["ab", "cd"], [], "abcd"),
+        (["ab", "cd"], ["c"], "ab"),
+        (["ab", "cd", "ef"], ["de"], "abc"),
+        (["a", "b", "c", "d"], ["bcx"], "abcd"),
+        (["aab", "aac"], ["aac", "ba"], "aa"),
+        (["x\n", "\n", "y"], ["\n\n"], "x"),
+        (["abc"], ["abc"], ""),
+    ],
+)
+def test_until_stop(pieces, stops, text):
+    assert "".join(until_stop(pieces, stops)) == text
+
+
+def test_until_stop_holds_back_no_more_than_needed():
+    assert list(until_stop(["ab", "c", "d"], ["cx"])) == ["ab", "cd"]

@@ -69,6 +69,31 @@ def test_what_is_in_memory_is_said(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["nano-flex3", "untied"])
+def test_embeddings_in_the_rows_are_not_loaded_twice(name, tmp_path, tokens, device, place):
+    with atomic_folder(tmp_path / "checkpoint") as folder:
+        save_checkpoint(folder, random_model(VARIED[name], dtype=torch.float32), None)
+    checkpoint = Checkpoint.open(tmp_path / "checkpoint")
+    plain = build_store(checkpoint, tmp_path / "plain", codec="fp32", device=device)
+    store = build_store(checkpoint, tmp_path / "tol", codec="fp32", embedding=True, device=device)
+    resident = count_parameters(checkpoint.config).resident
+    embedding = checkpoint.config.vocab_size * checkpoint.config.hidden_size
+    loaded = load_model(checkpoint, tol=store.path, rows=place, device=device)
+    assert loaded.weight_bytes == 4 * (resident - (embedding if name == "untied" else 0))
+    other = load_model(checkpoint, tol=plain.path, rows=place, device=device)
+    assert other.weight_bytes == 4 * resident
+    assert loaded.row_source is not None
+    assert other.row_source is not None
+    ids = tokens(3, 20).to(device)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids, loaded.row_source(ids)), other.model(ids, other.row_source(ids)))
+    texts = [list(generate(m.model, [1, 2], row_source=m.row_source, max_new_tokens=9)) for m in (loaded, other)]
+    assert texts[0] == texts[1]
+    assert f"{loaded.weight_bytes / 1e6:,.2f} MB of weights on {device}" in loaded.describe()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("part", ["head", "all"])
 def test_int8_is_loaded_and_its_bytes_counted(checkpoint, tokens, part, device):
     exact, int8 = load_model(checkpoint, device=device), load_model(checkpoint, device=device, int8=part)

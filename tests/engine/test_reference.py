@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexmemory.engine.reference import generate, until_stop
+from flexmemory.engine.reference import generate
 from flexmemory.engine.sampling import Sampling
 from flexmemory.model.memory import MemoryRows, unique_ids
 from tests.conftest import VARIED, random_model
@@ -76,23 +76,3 @@ def test_stops_at_the_longest_sequence():
 def test_bad_prompts(prompt, message):
     with pytest.raises(ValueError, match=message):
         generate(random_model(VARIED["nano-base"]), prompt, max_new_tokens=4)  # at the call, before the first token
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "text"),
-    [
-        (["ab", "cd"], [], "abcd"),
-        (["ab", "cd"], ["c"], "ab"),
-        (["ab", "cd", "ef"], ["de"], "abc"),
-        (["a", "b", "c", "d"], ["bcx"], "abcd"),
-        (["aab", "aac"], ["aac", "ba"], "aa"),
-        (["x\n", "\n", "y"], ["\n\n"], "x"),
-        (["abc"], ["abc"], ""),
-    ],
-)
-def test_until_stop(pieces, stops, text):
-    assert "".join(until_stop(pieces, stops)) == text
-
-
-def test_until_stop_holds_back_no_more_than_needed():
-    assert list(until_stop(["ab", "c", "d"], ["cx"])) == ["ab", "cd"]

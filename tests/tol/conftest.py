@@ -1,5 +1,6 @@
 """Checkpoints and stores of nano models, with several shards and several blocks in each."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from flexmemory.model.transformer import Transformer
 from flexmemory.storage import read_json, write_json
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.tol.build import build_store
+from flexmemory.tol.codec import get_codec
 from flexmemory.tol.contract import RowTier
 from flexmemory.tol.format import MANIFEST
 from flexmemory.tol.store import ToLStore
@@ -102,3 +104,20 @@ def whole_table(store: ToLStore) -> torch.Tensor:
 def poisoned(tier: RowTier, count: int) -> torch.Tensor:
     """An output full of NaN for `count` rows."""
     return torch.full((count, tier.num_slices, tier.hidden_size), float("nan"), dtype=tier.dtype)
+
+
+def rewrite(store: ToLStore, change) -> None:
+    """Change the rows of shard 1, (tokens, slices, D), and make its checksums match again."""
+    shard = store.manifest.shards[1]
+    path = store.path / shard.file
+    data = bytearray(path.read_bytes())
+    raw = torch.frombuffer(data, dtype=torch.uint8)[shard.data_offset :].view(shard.tokens, store.stride_bytes)
+    codec = get_codec(store.codec)
+    rows = raw.view(codec.dtype).view(shard.tokens, store.num_slices, store.hidden_size)
+    change(rows)
+    path.write_bytes(data)
+    block = store.manifest.block_rows
+    digests = [
+        hashlib.sha256(raw[first : first + block].numpy().data).hexdigest() for first in range(0, shard.tokens, block)
+    ]
+    edit_manifest(store, lambda manifest: manifest["shards"][1].update(blocks=digests))

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from flexmemory.cli import main
+from flexmemory.tokenizer import Tokenizer
 from flexmemory.tol.store import ToLStore
 from tests.conftest import NANO
 from tests.tol.conftest import edit_manifest, files, flip_byte
+from tests.train.conftest import write_prepared
 
 
 def refused(capsys, *arguments) -> str:
@@ -35,6 +37,32 @@ def test_build_info_and_verify(nano, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}: all blocks match their checksums (1)\n"
     assert main(["tol", "verify", str(out), "--checkpoint", str(nano.path), "--sample", "9"]) == 0
     assert re.search(rf"{out}: all sampled rows are those of {nano.path} \((9|10|11)\)\n", capsys.readouterr().out)
+
+
+def test_embeddings_and_counts_are_stored(nano, tmp_path, capsys):
+    tokenizer = nano.tokenizer()
+    ids = tokenizer.encode("one two two one one")
+    data = write_prepared(tmp_path / "data", tokenizer=tokenizer, splits={"train": [ids, ids[:1]], "validation": [[3]]})
+    out = tmp_path / "store"
+    assert main(["tol", "build", str(nano.path), "--out", str(out), "--embedding", "--counts", str(data)]) == 0
+    built = capsys.readouterr().out
+    store = ToLStore.open(out, checkpoint=nano)
+    assert store.embedding
+    counts = store.counts()
+    assert counts is not None
+    assert torch.equal(counts, torch.bincount(torch.tensor([*ids, ids[0]]), minlength=512))
+    assert re.search(r"embedding +in the row\n", built)
+    assert re.search(rf"counts +of {len(ids) + 1} tokens\n", built)
+    assert main(["tol", "verify", str(out), "--checkpoint", str(nano.path)]) == 0
+
+
+def test_counts_of_other_tokens_are_refused(nano, tmp_path, capsys):
+    other = Tokenizer.train(["three four"], vocab_size=300)
+    data = write_prepared(tmp_path / "data", tokenizer=other, splits={"train": [[1, 2]], "validation": []})
+    message = refused(capsys, "build", nano.path, "--out", tmp_path / "out", "--counts", data)
+    assert "was prepared with another tokenizer than" in message
+    assert "no prepared data" in refused(capsys, "build", nano.path, "--out", tmp_path / "out", "--counts", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 def test_building_again_is_refused_and_changes_nothing(nano, store, capsys):

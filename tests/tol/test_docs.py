@@ -21,16 +21,17 @@ def test_the_documented_reader_reads_a_store(stored, nano, tmp_path):
     scope: dict[str, Any] = {}
     exec(code, scope)
     subset = build_store(nano, tmp_path / "store", codec=stored.codec, layers=[2, 0], **SIZES)
-    for store in (stored, subset):
+    carrying = build_store(nano, tmp_path / "carrying", codec=stored.codec, layers=[2, 0], embedding=True, **SIZES)
+    for store in (stored, subset, carrying):
         ids = torch.tensor([0, 127, 128, 511])
         tier = open_rows(store, "disk", device="cpu")
-        expected = torch.empty(4, len(store.layers), 48, dtype=tier.dtype)
+        expected = torch.empty(4, store.num_slices, 48, dtype=tier.dtype)
         tier.gather(ids, expected)
         for token, rows in zip(ids.tolist(), expected, strict=True):
             read = scope["read_rows"](store.path, token)
-            assert list(read) == list(store.layers)
-            for layer, row in zip(store.layers, rows, strict=True):
-                assert torch.equal(torch.from_numpy(read[layer]), row.float())
+            assert list(read) == ["embedding"] * store.embedding + list(store.layers)
+            for numbers, row in zip(read.values(), rows, strict=True):
+                assert torch.equal(torch.from_numpy(numbers), row.float())
 
 
 def test_the_documented_sizes_are_right():

@@ -1,17 +1,13 @@
 """Verification: damage is found and located, and wrong rows with right checksums are found when sampled."""
 
-import hashlib
-
 import pytest
 import torch
 
 from flexmemory.tol.build import build_store
-from flexmemory.tol.codec import get_codec
 from flexmemory.tol.format import ToLMismatchError
-from flexmemory.tol.store import ToLStore
 from flexmemory.tol.verify import verify_store
 from tests.conftest import WITH_MEMORY
-from tests.tol.conftest import SIZES, edit_manifest, flip_byte
+from tests.tol.conftest import SIZES, flip_byte, rewrite
 
 EVERY_TOKEN = 512
 
@@ -63,23 +59,6 @@ def test_negative_samples_are_refused(store, nano):
 def test_another_checkpoint_is_refused(store, checkpoint_of):
     with pytest.raises(ToLMismatchError, match="another checkpoint"):
         verify_store(store.path, checkpoint=checkpoint_of(seed=1))
-
-
-def rewrite(store: ToLStore, change) -> None:
-    """Change the rows of shard 1, (tokens, L, D), and make its checksums match again."""
-    shard = store.manifest.shards[1]
-    path = store.path / shard.file
-    data = bytearray(path.read_bytes())
-    raw = torch.frombuffer(data, dtype=torch.uint8)[shard.data_offset :].view(shard.tokens, store.stride_bytes)
-    codec = get_codec(store.codec)
-    rows = raw.view(codec.dtype).view(shard.tokens, len(store.layers), store.hidden_size)
-    change(rows)
-    path.write_bytes(data)
-    block = store.manifest.block_rows
-    digests = [
-        hashlib.sha256(raw[first : first + block].numpy().data).hexdigest() for first in range(0, shard.tokens, block)
-    ]
-    edit_manifest(store, lambda manifest: manifest["shards"][1].update(blocks=digests))
 
 
 def take_neighbour(rows: torch.Tensor) -> None:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 import tyro
 
+from flexmemory.engine.engine import Engine
 from flexmemory.engine.loading import LoadedModel, load_model
-from flexmemory.engine.reference import generate
 from flexmemory.engine.sampling import Sampling
 from flexmemory.evaluate.perplexity import perplexity
 from flexmemory.interpret.tkv import nearest_tokens
@@ -150,16 +150,13 @@ def built(path: Path, checkpoint: Checkpoint, *, codec: str) -> ToLStore:
 
 def decode_ms(decoders: dict[tuple[str, str], LoadedModel]) -> dict[tuple[str, str], float]:
     """Median milliseconds to decode one token at batch 1; all take turns, so that a busy machine slows all alike."""
-    streams = {
-        key: generate(loaded.model, [0], row_source=loaded.row_source, max_new_tokens=DECODE_TOKENS)
-        for key, loaded in decoders.items()
-    }
+    engines = {key: Engine(loaded.model, row_source=loaded.row_source) for key, loaded in decoders.items()}
+    requests = {key: engine.submit([0], max_new_tokens=DECODE_TOKENS) for key, engine in engines.items()}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in decoders}
-    longest = min(loaded.model.config.max_seq_len for loaded in decoders.values())
-    for _ in range(min(DECODE_TOKENS, longest - 1)):
-        for key, stream in streams.items():
+    while any(request.finish_reason is None for request in requests.values()):
+        for key, engine in engines.items():
             start = time.perf_counter()
-            next(stream)
+            engine.step()
             times[key].append(1000 * (time.perf_counter() - start))
     return {key: statistics.median(values) for key, values in times.items()}
 
@@ -190,16 +187,15 @@ def print_generation(checkpoint: Checkpoint, store: Path) -> None:
     loaded = load_model(checkpoint, tol=store, rows="disk")
     tokenizer = checkpoint.tokenizer()
     print(f"\n{store.name}: {loaded.describe()}:\n")
-    ids = generate(
-        loaded.model,
+    engine = Engine(loaded.model, row_source=loaded.row_source)
+    request = engine.submit(
         [tokenizer.boundary_id, *tokenizer.encode(PROMPT)],
-        row_source=loaded.row_source,
         sampling=Sampling(temperature=0.7, top_p=0.9),
         max_new_tokens=GENERATED_TOKENS,
         stop_ids={tokenizer.boundary_id},
     )
     sys.stdout.write(PROMPT)
-    for piece in tokenizer.decode_stream(ids):
+    for piece in tokenizer.decode_stream(engine.stream(request)):
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()

@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 import tyro
 
 from flexmemory.device import resolve_device
+from flexmemory.engine.engine import Engine
 from flexmemory.engine.loading import DTYPES, RowPlace, load_model
-from flexmemory.engine.reference import generate, until_stop
 from flexmemory.engine.sampling import Sampling
 from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.tokenizer import until_stop
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +54,11 @@ def run(
     loaded = load_model(opened, tol=tol, rows=rows, device=place, dtype=DTYPES.get(name))
     logger.info("%s", loaded.describe())
     prompt_ids = [tokenizer.boundary_id, *tokenizer.encode(prompt)]
-    new_ids = generate(
-        loaded.model,
-        prompt_ids,
-        row_source=loaded.row_source,
-        sampling=sampling,
-        max_new_tokens=max_tokens,
-        stop_ids={tokenizer.boundary_id},
-    )
+    longest = min(len(prompt_ids) + max_tokens, opened.config.max_seq_len)
+    engine = Engine(loaded.model, row_source=loaded.row_source, max_length=longest)
+    request = engine.submit(prompt_ids, sampling=sampling, max_new_tokens=max_tokens, stop_ids={tokenizer.boundary_id})
     sys.stdout.write(prompt)
-    for piece in until_stop(tokenizer.decode_stream(new_ids), stop):
+    for piece in until_stop(tokenizer.decode_stream(engine.stream(request)), stop):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -10,8 +10,9 @@ from typing import Literal, get_args
 import torch
 
 from flexmemory.device import free_memory
+from flexmemory.engine.engine import Engine
 from flexmemory.engine.int8 import Int8Part, quantize
-from flexmemory.engine.placement import Budget, Placement, StoreFacts, place
+from flexmemory.engine.placement import PREFILL_TOKENS, Budget, Placement, StoreFacts, place
 from flexmemory.engine.reference import RowSource
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import Transformer
@@ -45,6 +46,28 @@ class LoadedModel:
     """Behind `row_source`; `HotRows` where the placement has hot rows."""
     placement: Placement | None
     """What was planned; None where no budget was given."""
+
+    def engine(
+        self, *, max_sequences: int = 1, max_length: int | None = None, prefill_chunk: int = PREFILL_TOKENS
+    ) -> Engine:
+        """An engine for this model: captured decoding where it runs on a GPU and looks rows up, or has none.
+
+        Raises:
+            ValueError: a size is impossible.
+        """
+        decoder = None
+        if self.model.device.type == "cuda" and (self.tier is not None or not self.model.config.has_memory):
+            from flexmemory.engine.graph import GraphDecoder  # Triton is there where a GPU is
+
+            decoder = partial(GraphDecoder, self.model, tier=self.tier)
+        return Engine(
+            self.model,
+            row_source=self.row_source,
+            max_sequences=max_sequences,
+            max_length=max_length,
+            prefill_chunk=prefill_chunk,
+            decoder=decoder,
+        )
 
     def describe(self) -> str:
         """One line: what is in memory."""
@@ -123,7 +146,7 @@ def load_model(
         )
     return LoadedModel(
         model=model,
-        row_source=None if tier is None else partial(lookup, tier, dtype=model.dtype),
+        row_source=None if tier is None else partial(lookup, tier, dtype=model.dtype, device=model.device),
         rows=chosen,
         weight_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         table_bytes=table_bytes,

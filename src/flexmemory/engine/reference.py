@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from flexmemory.engine.sampling import Sampling, sample
+from flexmemory.engine.sampling import Sampling, SamplingTensors, sample
 from flexmemory.model.kv_cache import KVCache
 from flexmemory.model.memory import Rows
 from flexmemory.model.transformer import Transformer, check_token_ids
 
 RowSource = Callable[[Tensor], Rows]
-"""Token ids (B, T) to their rows: `model.rows`, or a lookup in a ToL store."""
+"""Token ids (B, T) on any device to their rows on the model's: `model.rows`, or a lookup in a ToL store."""
 
 
 def generate(
@@ -52,31 +52,15 @@ def _decode(
 ) -> Iterator[int]:
     capacity = token_ids.shape[1] + count
     cache = KVCache(model.config, batch_size=1, capacity=capacity, device=model.device, dtype=model.dtype)
-    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    settings = SamplingTensors.of([sampling], device=model.device)
     token_ids = token_ids.to(model.device)
-    for _ in range(count):
+    for position in range(capacity - count, capacity):
         with torch.inference_mode():
             rows = row_source(token_ids) if row_source else None
             hidden = model.hidden_states(token_ids, rows, cache)[:, -1]  # (1, D)
-            token_ids = sample(model.head(hidden), sampling, generator)[:, None]
+            positions = torch.tensor([position], device=model.device)
+            token_ids = sample(model.head(hidden), settings, positions, sampling.how)[:, None]
         token = int(token_ids)
         if token in stop_ids:
             return
         yield token
-
-
-def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pass text on as it comes, up to the first of `stops`; a possible beginning of one is held back."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [held.index(stop) for stop in stops if stop in held]
-        if found:
-            yield held[: min(found)]
-            return
-        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held

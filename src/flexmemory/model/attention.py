@@ -7,7 +7,7 @@ D model width.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,23 +16,22 @@ from flexmemory.model.kv_cache import KVCacheLike
 
 
 def rotary_table(
-    start: int, length: int, *, head_size: int, theta: float, device: torch.device, dtype: torch.dtype
-) -> Float[Tensor, "2 T E"]:
-    """Cosines and sines of positions `start` .. `start + length - 1`, the pairing of Llama (halves, not neighbours).
+    positions: Int[Tensor, "*B T"], *, head_size: int, theta: float, dtype: torch.dtype
+) -> Float[Tensor, "2 *B T E"]:
+    """Cosines and sines of `positions`, the pairing of Llama (halves, not neighbours).
 
     Angles are computed in fp64, so the table is exact to its dtype (at least fp32).
     """
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float64)
-    exponents = torch.arange(0, head_size, 2, device=device, dtype=torch.float64) / head_size
-    angles = positions[:, None] * theta**-exponents  # (T, E/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (T, E)
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float64) / head_size
+    angles = positions.double()[..., None] * theta**-exponents  # (*B, T, E/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (*B, T, E)
     return torch.stack((angles.cos(), angles.sin())).to(torch.promote_types(dtype, torch.float32))
 
 
-def rotate(x: Float[Tensor, "B T H E"], rotary: Float[Tensor, "2 T E"]) -> Float[Tensor, "B T H E"]:
+def rotate(x: Float[Tensor, "B T H E"], rotary: Float[Tensor, "2 *B T E"]) -> Float[Tensor, "B T H E"]:
     """Turn each head vector by the angle of its position."""
     first, second = x.chunk(2, dim=-1)
-    cosines, sines = rotary.unsqueeze(2)  # (T, 1, E) each
+    cosines, sines = rotary.unsqueeze(-2)  # (*B, T, 1, E) each
     return (x * cosines + torch.cat((-second, first), dim=-1) * sines).to(x.dtype)
 
 
@@ -53,11 +52,11 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        rotary: Float[Tensor, "2 T E"],
-        mask: Bool[Tensor, "T S"] | None = None,
+        rotary: Float[Tensor, "2 *B T E"],
+        mask: Bool[Tensor, "... T S"] | None = None,
         kv_cache: KVCacheLike | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Attend to this and earlier tokens; `mask` is needed only for several new tokens after cached ones."""
+        """Attend to this and earlier tokens; without a `mask`, to all of them."""
         batch, length, _ = x.shape
         # Heads of a position side by side in memory, from the projection to the output: nothing is copied to reorder.
         heads = self.qkv(x).view(batch, length, -1, self.head_size)  # (B, T, H+2G, E)

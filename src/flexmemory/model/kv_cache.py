@@ -16,7 +16,7 @@ class KVCacheLike(Protocol):
     """What the model needs of a cache; transformers' `DynamicCache` is one."""
 
     def get_seq_length(self) -> int:
-        """Tokens cached so far."""
+        """Tokens cached so far, of the longest sequence."""
         ...
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
@@ -40,10 +40,20 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Allocate room for `capacity` tokens of each of `batch_size` sequences."""
-        self.capacity = capacity
         shape = (config.num_layers, 2, batch_size, config.num_kv_heads, capacity, config.head_size)
-        self._states = torch.empty(shape, device=device, dtype=dtype)
-        self._lengths = [0] * config.num_layers
+        self._bind(torch.empty(shape, device=device, dtype=dtype), 0)
+
+    @classmethod
+    def over(cls, states: Float[Tensor, "L 2 B G C E"], *, length: int) -> KVCache:
+        """A cache in memory that another owns, with `length` tokens in it."""
+        cache = cls.__new__(cls)
+        cache._bind(states, length)
+        return cache
+
+    def _bind(self, states: Tensor, length: int) -> None:
+        self._states = states
+        self.capacity = states.shape[-2]
+        self._lengths = [length] * len(states)
 
     def get_seq_length(self) -> int:
         """Tokens cached so far."""

@@ -59,8 +59,12 @@ class MemoryRows:
 
     def layer(self, layer: int) -> Float[Tensor, "B T D"] | None:
         """The rows that layer `layer` adds to the residual stream, or None where the table leaves it out."""
-        rows = self._layers.get(layer)
+        rows = self.unique(layer)
         return None if rows is None else F.embedding(self.index, rows)
+
+    def unique(self, layer: int) -> Float[Tensor, "U D"] | None:
+        """The rows of layer `layer` that the index points into, or None where the table leaves it out."""
+        return self._layers.get(layer)
 
     def embeddings(self) -> Float[Tensor, "B T D"] | None:
         """The input embeddings, or None where the table does not hold them and the model looks them up."""

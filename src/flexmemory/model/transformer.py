@@ -30,8 +30,8 @@ class Block(nn.Module):
     def attend(
         self,
         x: Float[Tensor, "B T D"],
-        rotary: Float[Tensor, "2 T E"],
-        mask: Bool[Tensor, "T S"] | None,
+        rotary: Float[Tensor, "2 *B T E"],
+        mask: Bool[Tensor, "... T S"] | None,
         kv_cache: KVCacheLike | None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after attention."""
@@ -51,8 +51,8 @@ class DenseBlock(Block):
         self,
         x: Float[Tensor, "B T D"],
         row: Float[Tensor, "B T D"] | None,
-        rotary: Float[Tensor, "2 T E"],
-        mask: Bool[Tensor, "T S"] | None = None,
+        rotary: Float[Tensor, "2 *B T E"],
+        mask: Bool[Tensor, "... T S"] | None = None,
         kv_cache: KVCacheLike | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Ignores `row`: a dense layer has no memory."""
@@ -72,8 +72,8 @@ class MemoryBlock(Block):
         self,
         x: Float[Tensor, "B T D"],
         row: Float[Tensor, "B T D"] | None,
-        rotary: Float[Tensor, "2 T E"],
-        mask: Bool[Tensor, "T S"] | None = None,
+        rotary: Float[Tensor, "2 *B T E"],
+        mask: Bool[Tensor, "... T S"] | None = None,
         kv_cache: KVCacheLike | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend, then add the row."""
@@ -94,8 +94,8 @@ class FlexBlock(MemoryBlock):
         self,
         x: Float[Tensor, "B T D"],
         row: Float[Tensor, "B T D"] | None,
-        rotary: Float[Tensor, "2 T E"],
-        mask: Bool[Tensor, "T S"] | None = None,
+        rotary: Float[Tensor, "2 *B T E"],
+        mask: Bool[Tensor, "... T S"] | None = None,
         kv_cache: KVCacheLike | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend, then add FFN-C's output and the row."""
@@ -201,7 +201,11 @@ class Transformer(nn.Module):
         return MemoryRows(self.compute_rows(unique), index)
 
     def hidden_states(
-        self, token_ids: Int[Tensor, "B T"], rows: Rows | None = None, kv_cache: KVCacheLike | None = None
+        self,
+        token_ids: Int[Tensor, "B T"],
+        rows: Rows | None = None,
+        kv_cache: KVCacheLike | None = None,
+        positions: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The normed residual stream that the head reads; arguments as for `forward`."""
         start = 0 if kv_cache is None else kv_cache.get_seq_length()
@@ -212,37 +216,44 @@ class Transformer(nn.Module):
         if x is None:
             x = self.embed(token_ids)  # (B, T, D)
         length = token_ids.shape[1]
+        mask = None
+        if positions is not None:
+            seen = torch.arange(start + length, device=x.device) <= positions[..., None]  # (B, T, S)
+            mask = seen[:, None]  # (B, 1, T, S)
+        elif start > 0 and length > 1:
+            mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
         rotary = rotary_table(
-            start,
-            length,
+            torch.arange(start, start + length, device=x.device) if positions is None else positions,
             head_size=self.config.head_size,
             theta=self.config.rope_theta,
-            device=x.device,
             dtype=x.dtype,
         )
-        mask = None
-        if start > 0 and length > 1:
-            mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
         for layer, block in enumerate(self.blocks):
             row = None if rows is None else rows.layer(layer)
             x = block(x, row, rotary, mask, kv_cache)
         return self.norm(x)
 
     def forward(
-        self, token_ids: Int[Tensor, "B T"], rows: Rows | None = None, kv_cache: KVCacheLike | None = None
+        self,
+        token_ids: Int[Tensor, "B T"],
+        rows: Rows | None = None,
+        kv_cache: KVCacheLike | None = None,
+        positions: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of the next token at every position.
 
         Args:
             token_ids: The new tokens; those before them are in `kv_cache`.
             rows: The memory rows of these tokens; computed here from FFN-M when not given.
-            kv_cache: Keys and values of earlier tokens; the new ones are appended.
+            kv_cache: Keys and values of earlier tokens; the new ones are added to it.
+            positions: The place of each token in its sequence, where sequences differ in length; the cache writes there
+                (`engine/slots.py`). By default all follow the cached ones.
 
         Raises:
             ValueError: an id is out of range (checked on CPU), the sequence is longer than `max_seq_len`, or `rows`
                 (or the embeddings that they should carry) are missing and cannot be computed.
         """
-        return self.head(self.hidden_states(token_ids, rows, kv_cache))
+        return self.head(self.hidden_states(token_ids, rows, kv_cache, positions))
 
     def _check(self, token_ids: Tensor, start: int) -> None:
         stop = start + token_ids.shape[1]

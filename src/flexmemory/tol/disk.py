@@ -98,14 +98,15 @@ class DiskRows:
         self.look_at_cache()
 
     def look_at_cache(self) -> None:
-        """Choose again between reads around the page cache and through it, where that is left to us.
+        """Look up how much of the store the page cache holds, and choose by that how to read.
+
+        That is around it or through it, where this is left to us, and in how many threads.
 
         Raises:
             OSError: a file cannot be opened.
         """
-        self.direct = self._mode == "always" or (
-            self._mode == "auto" and cached_share(self._store, most=SAMPLED_PAGES) < DIRECT_BELOW
-        )
+        self._cold = cached_share(self._store, most=SAMPLED_PAGES) < DIRECT_BELOW
+        self.direct = self._mode == "always" or (self._mode == "auto" and self._cold)
         if self.direct and not self._direct_descriptors:
             for path in self._paths:
                 descriptor = open_direct(path)
@@ -164,8 +165,10 @@ class DiskRows:
             return
         tokens, places, inverse = np.unique(ids, return_index=True, return_inverse=True)
         flat = data.reshape(-1).data
-        most = len(tokens) if self.direct else len(tokens) * self._row_bytes // BYTES_PER_THREAD
-        count = max(1, min(most, DISK_THREADS if self.direct else CACHE_THREADS))
+        if self.direct or self._cold:  # each read waits for the drive
+            count = min(len(tokens), DISK_THREADS)
+        else:
+            count = max(1, min(len(tokens) * self._row_bytes // BYTES_PER_THREAD, CACHE_THREADS))
         first, *others = zip(np.array_split(tokens, count), np.array_split(places, count), strict=True)
         futures = [self._pool.submit(self._read_part, *part, flat) for part in others]
         try:

@@ -321,7 +321,9 @@ def read_manifest(folder: Path) -> Manifest:
         counts = values.pop("counts", None)
         shards = tuple(Shard(**{**shard, "blocks": tuple(shard["blocks"])}) for shard in values.pop("shards"))
         manifest = Manifest(
-            **{**values, "layers": tuple(values["layers"])}, shards=shards, counts=counts and Counts(**counts)
+            **{**values, "layers": tuple(values["layers"])},
+            shards=shards,
+            counts=None if counts is None else Counts(**counts),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: missing, unknown or ill-typed entry ({error})") from error

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 STAGING_BYTES = 32 * 2**20
-"""Of one buffer, at most, unless a row is longer. A PCIe 5 copy of as much takes 0.6 ms."""
+"""Of one buffer, at most, unless a row is longer: 0.6 ms at the 55 GB/s that an H200 copies from its host."""
 
 
 class Staging:

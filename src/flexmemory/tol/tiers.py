@@ -68,8 +68,8 @@ class HostRows:
 
     def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U slices D"]) -> None:
         """As `RowTier.gather`."""
-        check_gather(self, token_ids, out)
         token_ids = token_ids.cpu()
+        check_gather(self, token_ids, out)
         if out.is_cuda:
             if out.device not in self._staging:
                 self._staging[out.device] = Staging(out.device, row_bytes=self._bytes.shape[1])
@@ -100,8 +100,10 @@ def open_rows(store: ToLStore, where: Where, *, device: torch.device | str) -> D
     raise ValueError(f"rows can be kept on device, host or disk, got {where!r}")
 
 
-def lookup(tier: RowTier, token_ids: Int[Tensor, "B T"], *, dtype: torch.dtype) -> MemoryRows:
-    """The rows of a batch, its unique ids gathered once and at once, in the model's `dtype`; all on the ids' device.
+def lookup(
+    tier: RowTier, token_ids: Int[Tensor, "B T"], *, dtype: torch.dtype, device: torch.device | None = None
+) -> MemoryRows:
+    """The rows of a batch, each unique id gathered once, in the model's `dtype`, on `device` or else the ids' own.
 
     Raises:
         OSError: the rows cannot be read.
@@ -109,9 +111,9 @@ def lookup(tier: RowTier, token_ids: Int[Tensor, "B T"], *, dtype: torch.dtype) 
     """
     unique, index = unique_ids(token_ids)
     shape = (len(unique), tier.num_slices, tier.hidden_size)
-    table = torch.empty(shape, dtype=tier.dtype, device=token_ids.device)
+    table = torch.empty(shape, dtype=tier.dtype, device=device or token_ids.device)
     tier.gather(unique, table)
-    return MemoryRows(table.to(dtype), index, layers=tier.layers, embedding=tier.embedding)
+    return MemoryRows(table.to(dtype), index.to(table.device), layers=tier.layers, embedding=tier.embedding)
 
 
 def _empty_table(store: ToLStore, *, device: torch.device | str, pinned: bool = False) -> Tensor:

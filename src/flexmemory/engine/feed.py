@@ -1,0 +1,164 @@
+"""Rows of a decode step's tokens, where its kernels can read them, whatever tier they come from.
+
+A step is captured once and replayed, so what fetches its rows is part of it. A table on the device is read in place.
+From a table in pinned host memory the GPU itself copies the rows of the step's tokens into a buffer. From disk the host
+puts them into a mailbox in pinned memory, and the step, launched ahead, waits for those that the hot set lacks.
+Dimension key: S slots, n slots of a step, P slices of a row, D model width.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from flexmemory.engine.plain import RowOf
+from flexmemory.engine.slots import Slots
+from flexmemory.tol.disk import DiskRows
+from flexmemory.tol.hot import HotRows
+from flexmemory.tol.tiers import DeviceRows, HostRows, RowTier
+
+WORDS = 1024
+"""Words of four bytes that a program copies."""
+PATIENCE = 10_000_000
+"""Looks into the mailbox, of about a microsecond each, before a step gives up and takes whatever is there."""
+
+
+@triton.jit
+def _stage(
+    token_ids_ptr, active_ptr, hot_slot_ptr, hot_ptr, below_ptr, ready_ptr, steps_ptr, out_ptr, num_slots, words,
+    HAS_HOT: tl.constexpr, MAILBOX: tl.constexpr, WORDS: tl.constexpr, PATIENCE: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    columns = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    mask = columns < words
+    token = tl.load(token_ids_ptr + b)
+    place = token * 0 - 1
+    if HAS_HOT:
+        place = tl.load(hot_slot_ptr + token).to(tl.int64)
+    if place >= 0:
+        row = tl.load(hot_ptr + place * words + columns, mask=mask)
+    elif MAILBOX:
+        step = tl.load(steps_ptr + b)
+        if tl.load(active_ptr + b):
+            looks = 0
+            while (tl.load(ready_ptr + b, volatile=True) < step) & (looks < PATIENCE):
+                looks += 1
+        tl.debug_barrier()
+        row = tl.load(below_ptr + (step % 2 * num_slots + b) * words + columns, mask=mask, cache_modifier=".cv")
+    else:
+        row = tl.load(below_ptr + token * words + columns, mask=mask)
+    tl.store(out_ptr + b.to(tl.int64) * words + columns, row, mask=mask)
+
+
+class RowFeed:
+    """Rows of the tokens of slots [0, n) in a step."""
+
+    def __init__(self, tier: RowTier, slots: Slots) -> None:
+        """Feed from `tier`: `DeviceRows`, `HostRows`, `DiskRows`, or `HotRows` over one of them."""
+        self._slots = slots
+        hot, below = (tier.hot, tier.tier) if isinstance(tier, HotRows) else (None, tier)
+        first = int(tier.embedding)
+        self._places = {layer: first + number for number, layer in enumerate(tier.layers)}
+        self._has_embedding = tier.embedding
+        self._table = below.table if isinstance(below, DeviceRows) else None
+        self._disk = below if isinstance(below, DiskRows) else None
+        self._hot = hot
+        self._event: torch.cuda.Event | None = None
+        if self._table is not None:
+            return
+        device, num_slots = slots.token_ids.device, len(slots.token_ids)
+        shape = (tier.num_slices, tier.hidden_size)
+        self._side = torch.cuda.Stream(device)
+        self._staged = torch.zeros((num_slots, *shape), dtype=tier.dtype, device=device)
+        self._own = torch.arange(num_slots, device=device)
+        self._words = self._staged[0].nbytes // 4
+        self._steps = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        if isinstance(below, HostRows):
+            self._below = below.table
+        else:
+            self._below = torch.zeros((2, num_slots, *shape), dtype=tier.dtype, pin_memory=True)
+            self._ready = torch.zeros(num_slots, dtype=torch.int64, pin_memory=True)
+            self._mail = self._below.view(torch.uint8).flatten(2).numpy()  # (2, S, row_bytes)
+            self._ready_view = self._ready.numpy()
+
+    def bind_steps(self, steps: Tensor) -> None:
+        """`steps` (S,) counts each slot's steps on the device."""
+        self._steps = steps
+
+    @property
+    def from_host(self) -> bool:
+        """Whether the host must be told tokens, to put rows into the mailbox."""
+        return self._disk is not None
+
+    def stage(self, num_slots: int) -> None:
+        """Begin to fetch, on a stream of its own; to be captured at the start of a step."""
+        if self._table is not None:
+            return
+        main = torch.cuda.current_stream()
+        self._side.wait_stream(main)
+        slots, hot = self._slots, self._hot
+        staged = _words(self._staged)
+        hot_slot, hot_table = (staged, staged) if hot is None else (hot.slot, _words(hot.table))
+        ready = self._steps if self._disk is None else self._ready
+        with torch.cuda.stream(self._side):
+            _stage[num_slots, triton.cdiv(self._words, WORDS)](
+                slots.token_ids, slots.active, hot_slot, hot_table, _words(self._below), ready, self._steps, staged,
+                len(self._staged), self._words,
+                HAS_HOT=hot is not None, MAILBOX=self._disk is not None, WORDS=WORDS, PATIENCE=PATIENCE,
+            )  # fmt: skip
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def _arrive(self) -> None:
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+            self._event = None
+
+    def embeddings(self, num_slots: int) -> Float[Tensor, "n D"] | None:
+        """Input embeddings, if rows carry them."""
+        if not self._has_embedding:
+            return None
+        if self._table is not None:
+            return self._table[:, 0].index_select(0, self._slots.token_ids[:num_slots])
+        self._arrive()
+        return self._staged[:num_slots, 0].contiguous()
+
+    def row(self, layer: int) -> RowOf | None:
+        """Where the rows of a layer are."""
+        place = self._places.get(layer)
+        if place is None:
+            return None
+        if self._table is not None:
+            return RowOf(self._table[:, place], self._slots.token_ids)
+        self._arrive()
+        return RowOf(self._staged[:, place], self._own)
+
+    def deliver(self, slot: int, token: int, *, step: int) -> OSError | None:
+        """Put the row of `token` where step number `step` of `slot` looks for it, if rows come from the host.
+
+        Returns:
+            Why it could not be read; the step goes on with zeros.
+        """
+        error = None
+        if self._disk is None:
+            return None
+        if self._hot is None or int(self._hot.host_slot[token]) < 0:
+            mail: np.ndarray = self._mail[step % 2, slot]
+            try:
+                self._disk.read_row(token, mail)
+            except OSError as failure:
+                error = failure
+                mail[:] = 0
+        self._ready_view[slot] = step
+        return error
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The same memory as words of four bytes."""
+    return tensor.flatten().view(torch.int32) if tensor.numel() else tensor.view(torch.int32)

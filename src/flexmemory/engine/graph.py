@@ -1,0 +1,213 @@
+"""Decoding on a GPU: a step captured as a CUDA graph for each number of slots, launched ahead of its tokens.
+
+The device chooses tokens, feeds them to its next step and writes them to pinned memory, where the host finds them when
+it looks. So the host launches step after step and waits for none but the last but one. Dimension key: S slots, n slots
+of a step.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import time
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+from flexmemory.engine.decode import Operations, residual_stream
+from flexmemory.engine.feed import RowFeed
+from flexmemory.engine.kernels import Kernels
+from flexmemory.engine.sampling import How, sample
+from flexmemory.engine.slots import Slots
+from flexmemory.engine.wide import WideKernels
+from flexmemory.model.transformer import Transformer
+from flexmemory.tol.tiers import RowTier
+
+NARROW = 1
+"""Sequences up to which `Kernels` are faster than matrix products."""
+RING = 8
+"""Steps whose tokens are kept on the host."""
+PATIENCE_S = 60
+"""Seconds after which a step counts as lost."""
+
+
+@triton.jit
+def _finish(tokens_ptr, token_ids_ptr, lengths_ptr, active_ptr, steps_ptr, ring_ptr, RING: tl.constexpr):
+    slot = tl.program_id(0)
+    token = tl.load(tokens_ptr + slot)
+    step = tl.load(steps_ptr + slot)
+    tl.store(ring_ptr + slot * RING + step % RING, ((step + 1) << 32) | token)
+    tl.store(steps_ptr + slot, step + 1)
+    if tl.load(active_ptr + slot):
+        tl.store(token_ids_ptr + slot, token)
+        tl.store(lengths_ptr + slot, tl.load(lengths_ptr + slot) + 1)
+
+
+class GraphDecoder:
+    """A `Decoder` of captured steps."""
+
+    ahead = 1
+
+    def __init__(
+        self,
+        model: Transformer,
+        slots: Slots,
+        *,
+        tier: RowTier | None,
+        forced: Int[Tensor, "S C"] | None = None,
+    ) -> None:
+        """Decode with `model`, whose rows are looked up in `tier`; a dense model has none.
+
+        Args:
+            model: Its weights, on a GPU.
+            slots: What to decode.
+            tier: Where rows are.
+            forced: The token of each slot at each position, to be taken instead of the one that the model chooses.
+
+        Raises:
+            ValueError: the model has memory and no tier is given.
+        """
+        if model.config.has_memory and tier is None:
+            raise ValueError("captured decoding looks rows up: give a ToL store, or use the eager decoder")
+        self._model, self._slots, self._forced = model, slots, forced
+        device, num_slots = slots.token_ids.device, len(slots.token_ids)
+        self._feed = None if tier is None else RowFeed(tier, slots)
+        self._narrow = Kernels(device, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
+        self._wide = WideKernels(device)
+        self._steps = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        """Steps of each slot, active or not."""
+        self._launched = [0] * num_slots
+        """The same, as the host launched them."""
+        self._sequence = [0] * num_slots
+        """Which of a slot's sequences, one after the other, it holds."""
+        self._errors: dict[int, OSError] = {}
+        """Slots whose step in flight lacks its row."""
+        self._ring = torch.zeros(num_slots, RING, dtype=torch.int64, pin_memory=True)
+        self._ring_view = self._ring.numpy()
+        self._in_flight: list[_Ticket] = []
+        self._graphs: dict[tuple[int, How], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        if self._feed is not None:
+            self._feed.bind_steps(self._steps)
+
+    def launch(self, num_slots: int) -> _Ticket:
+        """As `Decoder.launch`."""
+        bucket = min(1 << (num_slots - 1).bit_length(), len(self._launched))
+        self._learn_fresh(bucket)
+        graph = self._graphs.get((bucket, self._slots.how))
+        if graph is None:
+            graph = self._capture(bucket, self._slots.how)
+        graph.replay()
+        ticket = _Ticket(self, self._launched[:num_slots], self._sequence[:num_slots])
+        for slot in range(bucket):
+            self._launched[slot] += 1
+        self._in_flight.append(ticket)
+        return ticket
+
+    def _learn_fresh(self, bucket: int) -> None:
+        """Deliver the rows that new sequences begin with."""
+        for slot in sorted(self._slots.fresh):
+            self._sequence[slot] += 1
+            self._errors.pop(slot, None)
+            if self._feed is not None and self._feed.from_host:
+                self._deliver(slot, int(self._slots.token_ids[slot]), step=self._launched[slot])
+        self._slots.fresh.clear()
+
+    def _deliver(self, slot: int, token: int, *, step: int) -> None:
+        """Put the row that step number `step` of a slot needs where it looks, if it comes from the host."""
+        error = None if self._feed is None else self._feed.deliver(slot, token, step=step)
+        if error is not None:
+            self._errors.setdefault(slot, error)
+
+    def _choose(self, num_slots: int, how: How) -> Tensor:
+        """One step up to its tokens."""
+        model, slots, feed = self._model, self._slots, self._feed
+        operations: Operations = self._narrow if num_slots <= NARROW else self._wide
+        lengths = slots.lengths[:num_slots]
+        x = None
+        if feed is not None:
+            feed.stage(num_slots)
+            x = feed.embeddings(num_slots)
+        if x is None:
+            x = model.embed(slots.token_ids[:num_slots])
+        x = residual_stream(
+            model,
+            operations,
+            x.to(slots.states.dtype),
+            row=(lambda layer: None) if feed is None else feed.row,
+            rotary=slots.rotary,
+            lengths=lengths,
+            states=slots.states,
+        )
+        if self._forced is not None:
+            operations.most_likely(x, model.norm, model.head)
+            return self._forced[:num_slots].gather(1, lengths[:, None].long() + 1)[:, 0]
+        if how == "greedy":
+            return operations.most_likely(x, model.norm, model.head)
+        logits = operations.logits(x, model.norm, model.head)
+        return sample(logits, slots.sampling[:num_slots], lengths + 1, how)
+
+    def _step(self, num_slots: int, how: How, state: tuple[Tensor, ...]) -> None:
+        tokens = self._choose(num_slots, how)
+        _finish[(num_slots,)](tokens, *state, RING=RING, num_warps=1)
+
+    def _capture(self, num_slots: int, how: How) -> torch.cuda.CUDAGraph:
+        """Record a step; it is first run without a trace, so that all it needs is compiled and allocated."""
+        for ticket in list(self._in_flight):
+            ticket.tokens()
+        slots = self._slots
+        state = (slots.token_ids, slots.lengths, slots.active, self._steps, self._ring)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # What it writes to the cache, the step itself writes again.
+            self._step(num_slots, how, (*[tensor.clone() for tensor in state[:-1]], self._ring.clone().pin_memory()))
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._step(num_slots, how, state)
+        self._graphs[num_slots, how] = graph
+        return graph
+
+    def _take(self, ticket: _Ticket) -> list[int | OSError]:
+        """Wait for a ticket's tokens, and deliver the rows that the next step of each slot needs."""
+        tokens: list[int | OSError] = []
+        for slot, step in enumerate(ticket.steps):
+            token = self._wait(slot, step)
+            same = ticket.sequences[slot] == self._sequence[slot]
+            error = self._errors.get(slot) if same else None
+            tokens.append(token if error is None else error)
+            if same:
+                self._deliver(slot, token, step=step + 1)
+        self._in_flight.remove(ticket)
+        return tokens
+
+    def _wait(self, slot: int, step: int) -> int:
+        """The token of a slot's step, once it is there."""
+        looks, started = 0, time.monotonic()
+        while True:
+            entry = int(self._ring_view[slot, step % RING])
+            if entry >> 32 == step + 1:
+                return entry & 0xFFFFFFFF
+            looks += 1
+            if looks % 1000 == 0:
+                torch.cuda.current_stream().query()  # raises if the device failed
+                if time.monotonic() - started > PATIENCE_S:
+                    raise RuntimeError(f"the GPU has not finished a decode step in {PATIENCE_S} s")
+
+
+class _Ticket:
+    """A launched step."""
+
+    def __init__(self, decoder: GraphDecoder, steps: list[int], sequences: list[int]) -> None:
+        self._decoder, self.steps, self.sequences = decoder, steps, sequences
+        self._tokens: list[int | OSError] | None = None
+
+    def tokens(self) -> list[int | OSError]:
+        """As `Ticket.tokens`."""
+        if self._tokens is None:
+            self._tokens = self._decoder._take(self)
+        return self._tokens

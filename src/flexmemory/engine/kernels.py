@@ -1,0 +1,433 @@
+"""The kernels of a decode step for few sequences, beside their plain forms in `engine/plain.py`.
+
+At such batches a step is bound by the bytes of the weights, so memory must never idle. A program takes whole rows of a
+matrix in one tile, which it asks for before it waits for the kernel before it (programmatic dependent launch), and
+fetches a share of the next operation's weights into the cache meanwhile. Products are summed in fp32. Three launches a
+memory layer, five a dense or flex layer.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from flexmemory.engine.plain import RowOf
+
+TILE, TILE_WARPS = 8192, 4
+"""Numbers of the tile of weights that a program takes, and its warps."""
+TOKENS = 32
+"""Cached tokens that an attention program takes at once."""
+ATTENTION_PROGRAMS = 1024
+"""Enough to fill a GPU."""
+MAX_SPLITS = 64
+FEW_HEADS = 64
+"""Heads up to which programs of one warp are the fastest."""
+FETCHED_BYTES = 24 * 2**20
+"""Of the next operation's weights, at most: half of an H200's cache."""
+
+
+@triton.jit
+def _begin(next_ptr, next_bytes, PDL: tl.constexpr):
+    """Let the next kernel start, and fetch this program's share of what it reads into the cache."""
+    if PDL:
+        gdc_launch_dependents()
+        share = tl.cdiv(tl.cdiv(next_bytes, tl.num_programs(0) * tl.num_programs(1)), 128) * 128
+        start = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * share
+        size = tl.minimum(share, next_bytes - start)
+        if size > 0:
+            tl.inline_asm_elementwise(
+                """{
+                .reg .pred first;
+                .reg .u32 thread;
+                mov.u32 thread, %tid.x;
+                setp.eq.u32 first, thread, 0;
+                @first cp.async.bulk.prefetch.L2.global [$1], $2;
+                mov.u32 $0, 0;
+                }""",
+                "=r,l,r",
+                [next_ptr.to(tl.int64, bitcast=True) + start, size],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@triton.jit
+def _wait(PDL: tl.constexpr):
+    """Wait until all that the kernels before this one wrote is there."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def _tile(weight_ptr, rows, row_mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    mask = row_mask[:, None]
+    if WIDTH != BLOCK:
+        mask = mask & (columns < WIDTH)[None, :]
+    pointers = weight_ptr + rows[:, None].to(tl.int64) * WIDTH + columns[None, :]
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _vector(pointer, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    return tl.load(pointer + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dot(tile, vector):
+    return tl.sum(tile.to(tl.float32) * vector[None, :], axis=1)
+
+
+@triton.jit
+def _inverse_rms(x, eps, WIDTH: tl.constexpr):
+    return tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+
+
+@triton.jit
+def _query_and_cache(
+    x_ptr, gain_ptr, eps, weight_ptr, scale_ptr, rotary_ptr, lengths_ptr, query_ptr, keys_ptr, values_ptr,
+    rotary_stride, slot_stride, head_stride, next_ptr, next_bytes,
+    BATCH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, PAIRS: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    _begin(next_ptr, next_bytes, PDL)
+    head = tl.program_id(0)
+    near = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)  # of a head's first half; they turn with those of its second
+    far = near + E // 2
+    every = near >= 0
+    first = _tile(weight_ptr, head * E + near, every, D, BLOCK)
+    second = _tile(weight_ptr, head * E + far, every, D, BLOCK)
+    gain = _vector(gain_ptr, D, BLOCK)
+    _wait(PDL)
+    for b in tl.static_range(BATCH):
+        x = _vector(x_ptr + b * D, D, BLOCK)
+        position = tl.load(lengths_ptr + b)
+        inverse = _inverse_rms(x, eps, D)
+        a = _dot(first, x * gain) * inverse
+        c = _dot(second, x * gain) * inverse
+        if INT8:
+            a *= tl.load(scale_ptr + head * E + near)
+            c *= tl.load(scale_ptr + head * E + far)
+        if head < H + G:
+            cosine = tl.load(rotary_ptr + position * E + near)
+            sine = tl.load(rotary_ptr + rotary_stride + position * E + near)
+            turned = a * cosine - c * sine
+            c = c * cosine + a * sine
+            a = turned
+        cached = b * slot_stride.to(tl.int64) + position * E
+        if head < H:
+            target = query_ptr + (b * H + head) * E
+        elif head < H + G:
+            target = keys_ptr + cached + (head - H) * head_stride
+        else:
+            target = values_ptr + cached + (head - H - G) * head_stride
+        tl.store(target + near, a.to(query_ptr.dtype.element_ty))
+        tl.store(target + far, c.to(query_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _attend(
+    query_ptr, keys_ptr, values_ptr, lengths_ptr, parts_ptr, arrived_ptr, out_ptr, scale, slot_stride, head_stride,
+    next_ptr, next_bytes,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    _begin(next_ptr, next_bytes, PDL)
+    head = tl.program_id(0)  # of all sequences: b * H + h
+    split = tl.program_id(1)
+    columns = tl.arange(0, BLOCK_E)
+    inside = columns < E
+    # Lengths, and all that is cached but the newest token, are older than this step: no need to wait for them.
+    length = tl.load(lengths_ptr + head // H)
+    cached = (head // H).to(tl.int64) * slot_stride + (head % H // (H // G)) * head_stride
+    share = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
+    stop = tl.minimum(split * share + share, length)
+    tokens = split * share + tl.arange(0, TOKENS)
+    keys_ptr += cached + columns[None, :]
+    values_ptr += cached + columns[None, :]
+    mask = (tokens < stop)[:, None] & inside[None, :]
+    key = tl.load(keys_ptr + tokens[:, None] * E, mask=mask, other=0.0)
+    value = tl.load(values_ptr + tokens[:, None] * E, mask=mask, other=0.0)
+    _wait(PDL)
+    query = tl.load(query_ptr + head * E + columns, mask=inside, other=0.0).to(tl.float32)
+    query *= scale * 1.4426950408889634  # powers of two below
+    highest = float("-inf")
+    total = 0.0
+    summed = tl.zeros((BLOCK_E,), tl.float32)
+    if split == 0:
+        newest = tl.load(keys_ptr + length * E, mask=inside[None, :], other=0.0).to(tl.float32)
+        highest = tl.sum(tl.sum(newest * query[None, :], axis=0), axis=0)
+        total = 1.0
+        summed = tl.sum(tl.load(values_ptr + length * E, mask=inside[None, :], other=0.0).to(tl.float32), axis=0)
+    at = split * share
+    while at < stop:
+        scores = tl.sum(key.to(tl.float32) * query[None, :], axis=1)
+        scores = tl.where(tokens < stop, scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, axis=0))
+        weights = tl.exp2(scores - higher)
+        fading = tl.exp2(highest - higher)
+        total = total * fading + tl.sum(weights, axis=0)
+        summed = summed * fading + tl.sum(weights[:, None] * value.to(tl.float32), axis=0)
+        highest = higher
+        at += TOKENS
+        tokens += TOKENS
+        mask = (tokens < stop)[:, None] & inside[None, :]
+        key = tl.load(keys_ptr + tokens[:, None] * E, mask=mask, other=0.0)
+        value = tl.load(values_ptr + tokens[:, None] * E, mask=mask, other=0.0)
+    if SPLITS == 1:
+        tl.store(out_ptr + head * E + columns, (summed / total).to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        WIDTH: tl.constexpr = BLOCK_E + 2
+        part = parts_ptr + (head * SPLITS + split) * WIDTH
+        tl.store(part + columns, summed)
+        tl.store(part + BLOCK_E, highest)
+        tl.store(part + BLOCK_E + 1, total)
+        tl.debug_barrier()  # all of this program's parts are written before it says that it arrived
+        arrived = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            tl.store(arrived_ptr + head, 0)
+            parts = parts_ptr + (head * SPLITS + tl.arange(0, SPLITS)) * WIDTH
+            highests = tl.load(parts + BLOCK_E)
+            totals = tl.load(parts + BLOCK_E + 1)
+            sums = tl.load(parts[:, None] + columns[None, :])
+            weights = tl.exp2(highests - tl.max(highests, axis=0))
+            result = tl.sum(sums * weights[:, None], axis=0) / tl.sum(weights * totals, axis=0)
+            tl.store(out_ptr + head * E + columns, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_projection(
+    x_ptr, inner_ptr, weight_ptr, scale_ptr, rows_ptr, index_ptr, row_stride, out_ptr,
+    next_ptr, next_bytes,
+    BATCH: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_ROW: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    _begin(next_ptr, next_bytes, PDL)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = rows < D
+    tile = _tile(weight_ptr, rows, mask, K, BLOCK)
+    _wait(PDL)
+    for b in tl.static_range(BATCH):
+        vector = _vector(inner_ptr + b * K, K, BLOCK)
+        added = tl.load(x_ptr + b * D + rows, mask=mask, other=0.0).to(tl.float32)
+        if HAS_ROW:
+            row = rows_ptr + tl.load(index_ptr + b).to(tl.int64) * row_stride
+            added += tl.load(row + rows, mask=mask, other=0.0).to(tl.float32)
+        y = _dot(tile, vector)
+        if INT8:
+            y *= tl.load(scale_ptr + rows, mask=mask, other=0.0)
+        tl.store(out_ptr + b * D + rows, (y + added).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gated(
+    x_ptr, gain_ptr, eps, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, out_ptr, next_ptr, next_bytes,
+    BATCH: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    INT8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    _begin(next_ptr, next_bytes, PDL)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = rows < K
+    gate_tile = _tile(gate_ptr, rows, mask, D, BLOCK)
+    up_tile = _tile(up_ptr, rows, mask, D, BLOCK)
+    gain = _vector(gain_ptr, D, BLOCK)
+    _wait(PDL)
+    for b in tl.static_range(BATCH):
+        x = _vector(x_ptr + b * D, D, BLOCK)
+        inverse = _inverse_rms(x, eps, D)
+        gate = _dot(gate_tile, x * gain) * inverse
+        up = _dot(up_tile, x * gain) * inverse
+        if INT8:
+            gate *= tl.load(gate_scale_ptr + rows, mask=mask, other=0.0)
+            up *= tl.load(up_scale_ptr + rows, mask=mask, other=0.0)
+        y = up * gate * tl.sigmoid(gate)
+        tl.store(out_ptr + b * K + rows, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _head(
+    x_ptr, gain_ptr, eps, weight_ptr, scale_ptr, logits_ptr, best_ptr, best_id_ptr, next_ptr, next_bytes,
+    BATCH: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    GREEDY: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    _begin(next_ptr, next_bytes, PDL)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = rows < V
+    tile = _tile(weight_ptr, rows, mask, D, BLOCK)
+    gain = _vector(gain_ptr, D, BLOCK)
+    _wait(PDL)
+    for b in tl.static_range(BATCH):
+        x = _vector(x_ptr + b * D, D, BLOCK)
+        y = _dot(tile, x * gain) * _inverse_rms(x, eps, D)
+        if INT8:
+            y *= tl.load(scale_ptr + rows, mask=mask, other=0.0)
+        if GREEDY:
+            best, place = tl.max(tl.where(mask, y, float("-inf")), axis=0, return_indices=True)
+            tl.store(best_ptr + b * tl.num_programs(0) + tl.program_id(0), best)
+            tl.store(best_id_ptr + b * tl.num_programs(0) + tl.program_id(0), tl.program_id(0) * ROWS + place)
+        else:
+            tl.store(logits_ptr + b * V + rows, y, mask=mask)
+
+
+@triton.jit
+def _best(
+    best_ptr, best_id_ptr, out_ptr, next_ptr, next_bytes, COUNT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    _begin(next_ptr, next_bytes, PDL)
+    b = tl.program_id(0)
+    places = tl.arange(0, BLOCK)
+    _wait(PDL)
+    values = tl.load(best_ptr + b * COUNT + places, mask=places < COUNT, other=float("-inf"))
+    _, place = tl.max(values, axis=0, return_indices=True)
+    tl.store(out_ptr + b, tl.load(best_id_ptr + b * COUNT + place).to(tl.int64))
+
+
+class Kernels:
+    """The operations of `engine/plain.py` on one GPU."""
+
+    def __init__(self, device: torch.device, *, pdl: bool = True) -> None:
+        """With `pdl` kernels start while the one before runs, and fetch ahead (compute capability 9.0)."""
+        self._launch = {"PDL": pdl, "launch_pdl": pdl}
+        self._arrived = torch.zeros(ATTENTION_PROGRAMS, dtype=torch.int32, device=device)
+        """Programs of each head that have finished; zero between launches."""
+
+    def query_and_cache(
+        self,
+        x: Tensor,
+        norm: nn.RMSNorm,
+        qkv: nn.Linear,
+        *,
+        rotary: Tensor,
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        upcoming: Tensor | None = None,
+    ) -> Tensor:
+        """As `plain.query_and_cache`."""
+        batch, width = x.shape
+        kv_heads, head_size = keys.shape[1], keys.shape[3]
+        weight, scale, int8 = _matrix(qkv)
+        heads = len(weight) // head_size - 2 * kv_heads
+        query = x.new_empty(batch, heads, head_size)
+        block, rows = _shape(width)
+        pairs = 1
+        while pairs * 4 <= rows and (head_size // 2) % (2 * pairs) == 0:
+            pairs *= 2
+        _query_and_cache[heads + 2 * kv_heads, head_size // 2 // pairs](
+            x, norm.weight, norm.eps, weight, scale, rotary, lengths, query, keys, values,
+            rotary.stride(0), keys.stride(0), keys.stride(1), *_fetched(upcoming, x),
+            BATCH=batch, D=width, BLOCK=block, E=head_size, PAIRS=pairs, H=heads, G=kv_heads, INT8=int8,
+            num_warps=TILE_WARPS, **self._launch,
+        )  # fmt: skip
+        return query
+
+    def attend(
+        self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor, upcoming: Tensor | None = None
+    ) -> Tensor:
+        """As `plain.attend`."""
+        batch, heads, head_size = query.shape
+        kv_heads, capacity = keys.shape[1:3]
+        splits = triton.next_power_of_2(triton.cdiv(ATTENTION_PROGRAMS, batch * heads))
+        splits = min(splits, MAX_SPLITS, triton.next_power_of_2(triton.cdiv(capacity, TOKENS)))
+        block = triton.next_power_of_2(head_size)
+        out = query.new_empty(batch, heads * head_size)
+        parts = torch.empty(batch * heads * splits * (block + 2), dtype=torch.float32, device=query.device)
+        _attend[batch * heads, splits](
+            query, keys, values, lengths, parts, self._arrived, out, head_size**-0.5, keys.stride(0), keys.stride(1),
+            *_fetched(upcoming, query),
+            H=heads, G=kv_heads, E=head_size, BLOCK_E=block, TOKENS=TOKENS, SPLITS=splits,
+            num_warps=1 if batch * heads <= FEW_HEADS else 2, **self._launch,
+        )  # fmt: skip
+        return out
+
+    def add_projection(
+        self,
+        x: Tensor,
+        inner: Tensor,
+        projection: nn.Linear,
+        *,
+        row: RowOf | None,
+        upcoming: Tensor | None = None,
+    ) -> Tensor:
+        """As `plain.add_projection`."""
+        batch, width = x.shape
+        weight, scale, int8 = _matrix(projection)
+        block, rows = _shape(inner.shape[1])
+        out = torch.empty_like(x)
+        rows_of, index = (x, x) if row is None else row
+        _add_projection[(triton.cdiv(width, rows),)](
+            x, inner, weight, scale, rows_of, index, rows_of.stride(0), out, *_fetched(upcoming, x),
+            BATCH=batch, D=width, K=inner.shape[1], BLOCK=block, ROWS=rows, HAS_ROW=row is not None, INT8=int8,
+            num_warps=TILE_WARPS, **self._launch,
+        )  # fmt: skip
+        return out
+
+    def gated(
+        self, x: Tensor, norm: nn.RMSNorm, gate: nn.Linear, up: nn.Linear, *, upcoming: Tensor | None = None
+    ) -> Tensor:
+        """As `plain.gated`."""
+        batch, width = x.shape
+        (gate_weight, gate_scale, int8), (up_weight, up_scale, _) = _matrix(gate), _matrix(up)
+        cells = len(gate_weight)
+        block, rows = _shape(width, tiles=2)
+        out = x.new_empty(batch, cells)
+        _gated[(triton.cdiv(cells, rows),)](
+            x, norm.weight, norm.eps, gate_weight, gate_scale, up_weight, up_scale, out, *_fetched(upcoming, x),
+            BATCH=batch, D=width, K=cells, BLOCK=block, ROWS=rows, INT8=int8, num_warps=TILE_WARPS, **self._launch,
+        )  # fmt: skip
+        return out
+
+    def logits(self, x: Tensor, norm: nn.RMSNorm, head: nn.Linear) -> Tensor:
+        """As `plain.logits`."""
+        out = torch.empty(len(x), len(head.weight), dtype=torch.float32, device=x.device)
+        self._head(x, norm, head, logits=out)
+        return out
+
+    def most_likely(self, x: Tensor, norm: nn.RMSNorm, head: nn.Linear) -> Tensor:
+        """As `plain.most_likely`, without logits in memory."""
+        best, best_id = self._head(x, norm, head, logits=None)
+        out = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        count = best.shape[1]
+        _best[(len(x),)](
+            best, best_id, out, x, 0, COUNT=count, BLOCK=triton.next_power_of_2(count), num_warps=8, **self._launch
+        )  # fmt: skip
+        return out
+
+    def _head(self, x: Tensor, norm: nn.RMSNorm, head: nn.Linear, *, logits: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight, scale, int8 = _matrix(head)
+        vocab_size, width = weight.shape
+        block, rows = _shape(width)
+        programs = triton.cdiv(vocab_size, rows)
+        best = torch.empty(len(x), programs, dtype=torch.float32, device=x.device)
+        best_id = torch.empty(len(x), programs, dtype=torch.int32, device=x.device)
+        _head[(programs,)](
+            x, norm.weight, norm.eps, weight, scale, best if logits is None else logits, best, best_id, x, 0,
+            BATCH=len(x), D=width, V=vocab_size, BLOCK=block, ROWS=rows, GREEDY=logits is None, INT8=int8,
+            num_warps=TILE_WARPS, **self._launch,
+        )  # fmt: skip
+        return best, best_id
+
+
+def _matrix(linear: nn.Module) -> tuple[Tensor, Tensor, bool]:
+    """The matrix of a linear layer, its scales by row, and whether it has any."""
+    scale = linear.scale if hasattr(linear, "scale") else None
+    weight = linear.weight
+    return weight, weight if scale is None else scale, scale is not None
+
+
+def _fetched(upcoming: Tensor | None, any_tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor and how many of its bytes to fetch."""
+    return (any_tensor, 0) if upcoming is None else (upcoming, min(upcoming.nbytes, FETCHED_BYTES) // 128 * 128)
+
+
+def _shape(width: int, *, tiles: int = 1) -> tuple[int, int]:
+    """Numbers of a padded row, and rows of a program that takes `tiles` tiles."""
+    block = triton.next_power_of_2(width)
+    return block, max(1, TILE // (block * tiles))

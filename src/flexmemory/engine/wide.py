@@ -1,0 +1,139 @@
+"""The operations of a decode step for many sequences on a GPU: the library's matrix products, and kernels between them.
+
+Beyond a few sequences the keys and values that a step reads outweigh the weights, and matrix products pay.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flexmemory.engine.kernels import Kernels
+from flexmemory.engine.plain import RowOf
+
+
+@triton.jit
+def _rotate_and_cache(
+    heads_ptr, rotary_ptr, lengths_ptr, query_ptr, keys_ptr, values_ptr, rotary_stride, slot_stride, head_stride,
+    E: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    head = tl.program_id(1)
+    near = tl.arange(0, BLOCK)
+    far = near + E // 2
+    mask = near < E // 2
+    source = heads_ptr + (b * (H + 2 * G) + head) * E
+    a = tl.load(source + near, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(source + far, mask=mask, other=0.0).to(tl.float32)
+    position = tl.load(lengths_ptr + b)
+    if head < H + G:
+        cosine = tl.load(rotary_ptr + position * E + near, mask=mask, other=0.0)
+        sine = tl.load(rotary_ptr + rotary_stride + position * E + near, mask=mask, other=0.0)
+        turned = a * cosine - c * sine
+        c = c * cosine + a * sine
+        a = turned
+    cached = b.to(tl.int64) * slot_stride + position * E
+    if head < H:
+        target = query_ptr + (b * H + head) * E
+    elif head < H + G:
+        target = keys_ptr + cached + (head - H) * head_stride
+    else:
+        target = values_ptr + cached + (head - H - G) * head_stride
+    tl.store(target + near, a.to(query_ptr.dtype.element_ty), mask=mask)
+    tl.store(target + far, c.to(query_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add(
+    x_ptr, y_ptr, rows_ptr, index_ptr, row_stride, out_ptr,
+    D: tl.constexpr, BLOCK: tl.constexpr, HAS_ROW: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < D
+    added = tl.load(x_ptr + b * D + columns, mask=mask, other=0.0).to(tl.float32)
+    added += tl.load(y_ptr + b * D + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_ROW:
+        row = rows_ptr + tl.load(index_ptr + b).to(tl.int64) * row_stride
+        added += tl.load(row + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + b * D + columns, added.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def rotate_and_cache(
+    heads: Tensor, rotary: Tensor, lengths: Tensor, keys: Tensor, values: Tensor, *, slot_stride: int
+) -> Tensor:
+    """Queries (B, H, E) of fused projections (B, (H + 2 G) E), turned; keys and values go into the cache.
+
+    Sequence b is `slot_stride` numbers after the one before it in `keys` and `values`: 0 for tokens of one sequence.
+    """
+    batch, kv_heads, head_size = len(heads), keys.shape[1], keys.shape[3]
+    num_heads = heads.shape[1] // head_size - 2 * kv_heads
+    query = heads.new_empty(batch, num_heads, head_size)
+    _rotate_and_cache[batch, num_heads + 2 * kv_heads](
+        heads, rotary, lengths, query, keys, values, rotary.stride(0), slot_stride, keys.stride(1),
+        E=head_size, BLOCK=triton.next_power_of_2(head_size // 2), H=num_heads, G=kv_heads, num_warps=1,
+    )  # fmt: skip
+    return query
+
+
+class WideKernels:
+    """The operations of `engine/plain.py` on one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Allocate what attention needs."""
+        self._attention = Kernels(device, pdl=False)
+
+    def query_and_cache(
+        self,
+        x: Tensor,
+        norm: nn.RMSNorm,
+        qkv: nn.Module,
+        *,
+        rotary: Tensor,
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        upcoming: Tensor | None = None,
+    ) -> Tensor:
+        """As `plain.query_and_cache`."""
+        return rotate_and_cache(qkv(norm(x)), rotary, lengths, keys, values, slot_stride=keys.stride(0))
+
+    def attend(
+        self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor, upcoming: Tensor | None = None
+    ) -> Tensor:
+        """As `plain.attend`."""
+        return self._attention.attend(query, lengths=lengths, keys=keys, values=values)
+
+    def add_projection(
+        self, x: Tensor, inner: Tensor, projection: nn.Module, *, row: RowOf | None, upcoming: Tensor | None = None
+    ) -> Tensor:
+        """As `plain.add_projection`."""
+        y = projection(inner)
+        out = torch.empty_like(x)
+        rows_of, index = (x, x) if row is None else row
+        batch, width = x.shape
+        block = min(1024, triton.next_power_of_2(width))
+        _add[batch, triton.cdiv(width, block)](
+            x, y, rows_of, index, rows_of.stride(0), out, D=width, BLOCK=block, HAS_ROW=row is not None
+        )  # fmt: skip
+        return out
+
+    def gated(
+        self, x: Tensor, norm: nn.RMSNorm, gate: nn.Module, up: nn.Module, *, upcoming: Tensor | None = None
+    ) -> Tensor:
+        """As `plain.gated`."""
+        y = norm(x)
+        return up(y) * F.silu(gate(y))
+
+    def logits(self, x: Tensor, norm: nn.RMSNorm, head: nn.Module) -> Tensor:
+        """As `plain.logits`."""
+        return head(norm(x)).float()
+
+    def most_likely(self, x: Tensor, norm: nn.RMSNorm, head: nn.Module) -> Tensor:
+        """As `plain.most_likely`."""
+        return head(norm(x)).argmax(dim=-1)

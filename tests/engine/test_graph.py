@@ -1,0 +1,161 @@
+"""Captured decoding gives the tokens of the reference loop, from every tier, in any schedule, with any failing disk."""
+
+import random
+
+import pytest
+import torch
+
+from flexmemory.engine.engine import Engine
+from flexmemory.engine.reference import generate
+from flexmemory.engine.sampling import Sampling
+from flexmemory.tol.build import build_store
+from flexmemory.tol.disk import DiskRows
+from flexmemory.tol.hot import HotRows, HotSet
+from flexmemory.tol.tiers import lookup, open_rows
+from tests.engine.test_engine import random_request
+
+pytestmark = pytest.mark.gpu
+
+TIERS = ["device", "host", "disk", "hot host", "hot disk"]
+CASES = [("nano-base", "none"), *[("nano-memory", tier) for tier in TIERS], *[("nano-flex3", tier) for tier in TIERS]]
+CASES += [(name, "hot disk") for name in ("grouped-query", "untied", "square-1", "square-2", "ffn+table")]
+
+
+def tier_of(checkpoint, folder, kind, *, embedding=False):
+    if kind == "none":
+        return None
+    store = build_store(checkpoint, folder / "tol", codec="fp32", embedding=embedding)
+    *hot, place = kind.split()
+    tier = open_rows(store, place, device="cuda")
+    return HotRows(tier, HotSet.load(tier, torch.arange(0, 512, 3), device="cuda")) if hot else tier
+
+
+def engine_of(model, tier, *, forced=None, **sizes):
+    from flexmemory.engine.graph import GraphDecoder
+
+    def decoder(slots):
+        slots.states.fill_(torch.nan)
+        return GraphDecoder(model, slots, tier=tier, forced=forced)
+
+    return Engine(model, row_source=source_of(tier), decoder=decoder, **sizes)
+
+
+def source_of(tier):
+    return None if tier is None else lambda ids: lookup(tier, ids, dtype=torch.float32, device=torch.device("cuda"))
+
+
+def expected_of(model, tier, request):
+    return list(
+        generate(
+            model,
+            request.prompt_ids,
+            row_source=source_of(tier),
+            sampling=request.sampling,
+            max_new_tokens=request.max_new_tokens,
+            stop_ids=request.stop_ids,
+        )
+    )
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_any_schedule_gives_the_tokens_of_the_reference(saved, tmp_path, name, kind, embedding):
+    if embedding and kind == "none":
+        pytest.skip("a dense model has no rows")
+    checkpoint = saved(name)
+    model = checkpoint.load(device="cuda", memory=not checkpoint.config.has_memory)
+    tier = tier_of(checkpoint, tmp_path, kind, embedding=embedding)
+    rng = random.Random(f"{name} {kind}")
+    sizes = {"max_sequences": rng.choice([1, 3, 5, 12]), "max_length": rng.choice([None, 40]), "prefill_chunk": 16}
+    engine = engine_of(model, tier, **sizes)
+    requests = []
+    while len(requests) < 12 or engine.busy:
+        if len(requests) < 12 and rng.random() < 0.5:
+            requests.append(engine.submit(**random_request(rng)))
+        if requests and rng.random() < 0.03:
+            engine.cancel(rng.choice(requests))
+        engine.step()
+    for request in requests:
+        expected = expected_of(model, tier, request)
+        if request.finish_reason == "cancelled":
+            expected = expected[: len(request.tokens)]
+        assert request.tokens == expected
+        assert request.error is None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_forced_tokens_are_taken(saved, tmp_path, batch):
+    """And the model goes on from there as from a prompt that ends in them."""
+    checkpoint = saved("nano-flex3")
+    model = checkpoint.load(device="cuda", memory=False)
+    tier = tier_of(checkpoint, tmp_path, "hot host")
+    forced = torch.randint(512, (batch, model.config.max_seq_len), device="cuda")
+    engine = engine_of(model, tier, forced=forced, max_sequences=batch)
+    requests = [engine.submit([1, 2, 3], max_new_tokens=20) for _ in range(batch)]
+    while engine.busy:
+        engine.step()
+    for slot, request in enumerate(requests):
+        assert request.tokens[1:] == forced[slot, 4:23].tolist()
+    ids = [1, 2, 3, *requests[0].tokens]
+    keys = engine.slots.states[:, 0, 0, :, : len(ids) - 1]
+    from flexmemory.model.kv_cache import KVCache
+
+    cache = KVCache(model.config, batch_size=1, capacity=64, device="cuda")
+    token_ids = torch.tensor([ids[:-1]], device="cuda")
+    with torch.no_grad():
+        model(token_ids, lookup(tier, token_ids, dtype=torch.float32), cache)
+    torch.testing.assert_close(keys, cache._states[:, 0, 0, :, : len(ids) - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_failing_disk_ends_only_the_requests_whose_rows_it_loses(saved, tmp_path, monkeypatch):
+    checkpoint = saved("nano-memory")
+    model = checkpoint.load(device="cuda", memory=False)
+    tier = tier_of(checkpoint, tmp_path, "disk")
+    prompts = [[7, 8], [9, 10, 11], [12]]
+    engine = engine_of(model, tier, max_sequences=4)
+    expected = engine.generate(prompts, max_new_tokens=30)
+    bad = expected[1][9]
+    assert bad not in expected[0] + expected[2]
+    read_row = DiskRows.read_row
+
+    def failing(self, token_id, out):
+        if token_id == bad:
+            raise OSError(5, "Input/output error", "rows-00000.safetensors")
+        read_row(self, token_id, out)
+
+    monkeypatch.setattr(DiskRows, "read_row", failing)
+    requests = [engine.submit(prompt, max_new_tokens=30) for prompt in prompts]
+    while engine.busy:
+        engine.step()
+    assert [request.finish_reason for request in requests] == ["length", "error", "length"]
+    assert isinstance(requests[1].error, OSError)
+    assert requests[1].tokens == expected[1][: expected[1].index(bad) + 1]
+    assert [requests[0].tokens, requests[2].tokens] == [expected[0], expected[2]]
+    monkeypatch.undo()
+    assert engine.generate(prompts, max_new_tokens=30) == expected
+
+
+def test_long_prompts_in_chunks(saved, tmp_path):
+    checkpoint = saved("grouped-query")
+    model = checkpoint.load(device="cuda", memory=False)
+    tier = tier_of(checkpoint, tmp_path, "host")
+    prompt = [i * 7 % 512 for i in range(50)]
+    texts = [
+        engine_of(model, tier, max_sequences=1, prefill_chunk=chunk).generate([prompt], max_new_tokens=10)
+        for chunk in (1, 7, 50)
+    ]
+    request = engine_of(model, tier).submit(prompt, max_new_tokens=10)
+    assert texts == [[expected_of(model, tier, request)]] * 3
+
+
+def test_sampling_in_a_batch_is_that_of_each_alone(saved, tmp_path):
+    checkpoint = saved("nano-memory")
+    model = checkpoint.load(device="cuda", memory=False)
+    tier = tier_of(checkpoint, tmp_path, "device")
+    engine = engine_of(model, tier, max_sequences=6)
+    settings = [Sampling(), Sampling(temperature=1.0, seed=1), Sampling(temperature=0.8, top_k=9, top_p=0.7, seed=2)]
+    requests = [engine.submit([3, 1, 4], sampling=one, max_new_tokens=25) for one in settings * 2]
+    while engine.busy:
+        engine.step()
+    assert [r.tokens for r in requests[:3]] == [r.tokens for r in requests[3:]]
+    assert [r.tokens for r in requests] == [expected_of(model, tier, r) for r in requests]

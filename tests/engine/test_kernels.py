@@ -1,0 +1,118 @@
+"""Each kernel of a decode step is as near to the exact result as the plain operation is."""
+
+import pytest
+import torch
+from torch import nn
+
+from flexmemory.engine import plain
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = {
+    "nano": {"batch": 2, "width": 48, "heads": 4, "kv_heads": 4, "cells": 128, "vocab": 512, "capacity": 64},
+    "odd": {"batch": 3, "width": 120, "heads": 2, "kv_heads": 1, "cells": 300, "vocab": 1000, "capacity": 700},
+    "one": {"batch": 1, "width": 2048, "heads": 32, "kv_heads": 32, "cells": 5464, "vocab": 4001, "capacity": 2048},
+    "many": {"batch": 40, "width": 256, "heads": 8, "kv_heads": 2, "cells": 512, "vocab": 999, "capacity": 300},
+}
+
+
+class Case:
+    """Random weights and inputs of one shape."""
+
+    def __init__(self, *, batch, width, heads, kv_heads, cells, vocab, capacity, dtype):
+        torch.manual_seed(0)
+        self.dtype = dtype
+        size = width // heads
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        nn.init.normal_(self.norm.weight, 1, 0.3)
+        shapes = {
+            "qkv": (width, (heads + 2 * kv_heads) * size), "output": (heads * size, width), "gate": (width, cells),
+            "up": (width, cells), "down": (cells, width), "head": (width, vocab),
+        }  # fmt: skip
+        self.linear = {name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
+        self.x, self.inner, self.coefficients = (torch.randn(batch, n) for n in (width, heads * size, cells))
+        self.query = torch.randn(batch, heads, size)
+        self.lengths = torch.randint(0, capacity, (batch,), dtype=torch.int32)
+        self.lengths[0] = 0
+        self.lengths[-1] = capacity - 1
+        angles = torch.rand(capacity, size // 2) * 7
+        self.rotary = torch.stack((angles.cos(), angles.sin())).repeat(1, 1, 2)
+        self.keys, self.values = torch.randn(2, batch + 1, kv_heads, capacity, size)
+        self.row = plain.RowOf(torch.randn(7, 3, width)[:, 2], torch.randint(0, 7, (batch,)))
+
+    def run(self, operations, operation, *, device, dtype):
+        """The results of one operation, in fp64 on the CPU, with everything first rounded to the case's dtype."""
+
+        def there(tensor):
+            return tensor.to(self.dtype).to(device, dtype)
+
+        def layer(name):
+            linear = nn.Linear(1, 1, bias=False)
+            linear.weight = nn.Parameter(there(self.linear[name].weight))
+            return linear
+
+        norm = nn.RMSNorm(len(self.norm.weight), eps=1e-5)
+        norm.weight = nn.Parameter(there(self.norm.weight))
+        keys, values, lengths = there(self.keys), there(self.values), self.lengths.to(device)
+        row = plain.RowOf(there(self.row.rows), self.row.chosen.to(device))
+        x = there(self.x)
+        cache = {"lengths": lengths, "keys": keys, "values": values}
+        rotary = self.rotary.to(device, torch.promote_types(dtype, torch.float32))
+        with torch.no_grad():
+            match operation:
+                case "query_and_cache":
+                    query = operations.query_and_cache(x, norm, layer("qkv"), rotary=rotary, **cache)
+                    return torch.cat([t.double().cpu().flatten() for t in (query, keys, values)])
+                case "attend":
+                    keys[-1], values[-1] = torch.nan, torch.nan  # another's slot
+                    for slot, length in enumerate(self.lengths.tolist()):
+                        keys[slot, :, length + 1 :] = torch.nan
+                        values[slot, :, length + 1 :] = torch.nan
+                    result = operations.attend(there(self.query), **cache)
+                case "add_projection":
+                    result = operations.add_projection(x, there(self.inner), layer("output"), row=None)
+                case "add_projection_and_row":
+                    result = operations.add_projection(x, there(self.coefficients), layer("down"), row=row)
+                case "gated":
+                    result = operations.gated(x, norm, layer("gate"), layer("up"))
+                case _:
+                    result = operations.logits(x, norm, layer("head"))
+        return result.double().cpu()
+
+
+OPERATIONS = ["query_and_cache", "attend", "add_projection", "add_projection_and_row", "gated", "logits"]
+
+
+def kernels_of(kind):
+    from flexmemory.engine.kernels import Kernels
+    from flexmemory.engine.wide import WideKernels
+
+    device = torch.device("cuda")
+    return WideKernels(device) if kind == "wide" else Kernels(device, pdl=kind == "pdl")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["pdl", "no-pdl", "wide"])
+def test_kernels_are_as_exact_as_plain_operations(kind, shape, dtype, operation):
+    if kind != "wide" and SHAPES[shape]["batch"] > 8:
+        pytest.skip("these kernels are for few sequences")
+    case = Case(**SHAPES[shape], dtype=dtype)
+    exact = case.run(plain, operation, device="cpu", dtype=torch.float64)
+    usual = case.run(plain, operation, device="cuda", dtype=dtype)
+    fast = case.run(kernels_of(kind), operation, device="cuda", dtype=dtype)
+    assert fast.isfinite().all()
+    floor = 1e-7 * exact.norm()
+    assert (fast - exact).norm() <= 2 * (usual - exact).norm() + floor
+
+
+@pytest.mark.parametrize("kind", ["pdl", "no-pdl", "wide"])
+def test_the_most_likely_token_is_that_of_the_logits(kind):
+    case = Case(**SHAPES["nano"], dtype=torch.float32)
+    operations = kernels_of(kind)
+    norm, head, x = case.norm.cuda(), case.linear["head"].cuda(), case.x.cuda()
+    with torch.no_grad():
+        assert torch.equal(operations.most_likely(x, norm, head), operations.logits(x, norm, head).argmax(dim=-1))
+        head.weight.zero_()  # all alike: the smallest id
+        assert operations.most_likely(x, norm, head).tolist() == [0, 0]
