@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -72,9 +71,9 @@ def steps(module: TrainingModel, dataset: TokenDataset, *, count: int) -> Iterat
 
 
 def attention_seconds(model: ModelConfig, config: TrainConfig, device: torch.device) -> float:
-    """Seconds that attention's kernels take in a step, forward and backward, with heads in memory as the model has them.
+    """Seconds that attention's kernels take in a step, forward and backward.
 
-    The median over rounds of a micro-batch's time in one layer, times layers and micro-batches.
+    Heads lie in memory as the model has them. The median over rounds of a micro-batch's time in one layer, times layers and micro-batches.
     """
     rounds, calls = (5, 10) if device.type == "cuda" else (3, 1)
     dtype = torch.bfloat16 if uses_bf16(config, device) else torch.float32
