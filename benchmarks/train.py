@@ -73,7 +73,8 @@ def steps(module: TrainingModel, dataset: TokenDataset, *, count: int) -> Iterat
 def attention_seconds(model: ModelConfig, config: TrainConfig, device: torch.device) -> float:
     """Seconds that attention's kernels take in a step, forward and backward.
 
-    Heads lie in memory as the model has them. The median over rounds of a micro-batch's time in one layer, times layers and micro-batches.
+    Heads lie in memory as the model has them. It is the median over rounds of a micro-batch's time in one layer, times
+    layers and micro-batches.
     """
     rounds, calls = (5, 10) if device.type == "cuda" else (3, 1)
     dtype = torch.bfloat16 if uses_bf16(config, device) else torch.float32
