@@ -22,9 +22,9 @@ TILE = 32
 WIDTH = 1024
 """Numbers of a row that one program handles."""
 
-LOGITS = 16_384
+LOGITS = 8192
 """Logits that a program has in registers at once."""
-WARPS = 16
+WARPS = 8
 """Of a program of the loss: so many that two programs or fewer fit on a processor."""
 
 
