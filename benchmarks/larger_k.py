@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,6 @@ def run(setting: Setting, *, data: Path, total_tokens: int, batch_tokens: int, d
     }
 
 
-def _run(job: tuple[Setting, dict[str, Any]]) -> dict[str, Any]:
-    return run(job[0], **job[1])
-
-
 def main() -> None:
     """Make what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,7 +131,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=6)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    common = {
+    common: dict[str, Any] = {
         "data": options.data,
         "total_tokens": options.total_tokens,
         "batch_tokens": options.batch_tokens,
@@ -152,13 +149,17 @@ def main() -> None:
         results["entries"] = json.loads(options.out.read_text())["entries"]
     names = [field.name for field in dataclasses.fields(Setting)]
     done = [Setting(**{name: entry[name] for name in names}) for entry in results["entries"]]
-    jobs = [(setting, common) for setting in SETTINGS if setting not in done]
-    with multiprocessing.get_context("spawn").Pool(options.at_once) as pool:
-        for figures in pool.imap_unordered(_run, jobs):
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.at_once, mp_context=context) as pool:
+        runs = [pool.submit(run, setting, **common) for setting in SETTINGS if setting not in done]
+        for finished in as_completed(runs):
+            figures = finished.result()
             results["entries"].append(figures)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
-            print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in
-                            figures.items()), flush=True)  # fmt: skip
+            said = (
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
+            )
+            print(", ".join(said), flush=True)
 
 
 if __name__ == "__main__":
