@@ -1,6 +1,6 @@
 """Does a MemoryLLM with four times the cells learn more, and at which learning rates: held-out perplexity, as JSON.
 
-    python benchmarks/larger_k.py --data DATA --out benchmarks/results/larger_k.json [--at-once 6]
+    python benchmarks/larger_k.py --data DATA --out benchmarks/results/larger_k.json [--at-once 8]
 
 Trains `mini-memory` and the same with 4 K on the same tokens of a prepared folder, with one thing changed at a time,
 the most telling runs first and several at once. Results are written after each run; those there are not made again.
@@ -126,9 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--total-tokens", type=int, default=33_554_432)
+    parser.add_argument("--total-tokens", type=int, default=26_214_400)
     parser.add_argument("--batch-tokens", type=int, default=65_536)
-    parser.add_argument("--at-once", type=int, default=6)
+    parser.add_argument("--at-once", type=int, default=8)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     common: dict[str, Any] = {

@@ -130,7 +130,6 @@ def measure(
     share = statistics.mean(shares)
     flops = train_flops_per_token(model_config, unique_share=share, seq_len=config.seq_len)
     scores = attention_flops_per_token(model_config, seq_len=config.seq_len)
-    matmul_s = batch_tokens * (flops - scores) / rate
     tokens_per_s = batch_tokens / statistics.median(seconds)
     figures = {
         "size": name.partition("-")[0],
@@ -144,8 +143,7 @@ def measure(
         "matmul_flops_per_s": rate,
         "mfu": tokens_per_s * flops / rate,
         "attention_s": attention_s,
-        "matmul_s": matmul_s,
-        "bound_tokens_per_s": batch_tokens / (attention_s + matmul_s),
+        "matmul_flops": batch_tokens * (flops - scores),
         "phases_s": phases,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }
@@ -154,6 +152,14 @@ def measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return figures
+
+
+def set_bounds(entries: list[dict[str, Any]]) -> None:
+    """Give each entry the seconds of its matrix products and its bound, at the highest matrix rate of the run."""
+    rate = max(entry["matmul_flops_per_s"] for entry in entries)
+    for entry in entries:
+        entry["matmul_s"] = entry["matmul_flops"] / rate
+        entry["bound_tokens_per_s"] = entry["batch_tokens"] / (entry["attention_s"] + entry["matmul_s"])
 
 
 def main() -> None:
@@ -186,6 +192,7 @@ def main() -> None:
                     rows_per=options.rows_per,
                 )
                 results["entries"].append(figures)
+                set_bounds(results["entries"])
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
                 peak = (figures["peak_memory_bytes"] or 0) / 1e9
                 phases = {key: round(value, 3) for key, value in figures["phases_s"].items()}
