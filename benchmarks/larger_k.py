@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--total-tokens", type=int, default=26_214_400)
+    parser.add_argument("--total-tokens", type=int, default=25_165_824)
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--at-once", type=int, default=8)
     parser.add_argument("--device", default="auto")
