@@ -89,7 +89,7 @@ def train_flops_per_token(config: ModelConfig, *, unique_share: float, seq_len: 
     return 6 * weights + attention_flops_per_token(config, seq_len=seq_len or config.max_seq_len)
 
 
-def attention_flops_per_token(config: ModelConfig, *, seq_len: int) -> float:
+def attention_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
     """The part of `train_flops_per_token` that multiplies no weights: scores and what they sum, causal."""
     return 6 * config.hidden_size * seq_len * config.num_layers
 
