@@ -20,10 +20,7 @@ from flexmemory.model.transformer import DenseBlock, FlexBlock, MemoryBlock, Tra
 
 
 class Operations(Protocol):
-    """What a step is made of; shapes and meaning as in `engine/plain.py`.
-
-    `upcoming` is the matrix that the next operation reads, which may be fetched ahead.
-    """
+    """What a step is made of; shapes and meaning as in `engine/plain.py`."""
 
     def query_and_cache(
         self,
@@ -35,26 +32,19 @@ class Operations(Protocol):
         lengths: Tensor,
         keys: Tensor,
         values: Tensor,
-        upcoming: Tensor | None = None,
     ) -> Tensor:
         """As `plain.query_and_cache`."""
         ...
 
-    def attend(
-        self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor, upcoming: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """As `plain.attend`."""
         ...
 
-    def add_projection(
-        self, x: Tensor, inner: Tensor, projection: nn.Linear, *, row: RowOf | None, upcoming: Tensor | None = None
-    ) -> Tensor:
+    def add_projection(self, x: Tensor, inner: Tensor, projection: nn.Linear, *, row: RowOf | None) -> Tensor:
         """As `plain.add_projection`."""
         ...
 
-    def gated(
-        self, x: Tensor, norm: nn.RMSNorm, gate: nn.Linear, up: nn.Linear, *, upcoming: Tensor | None = None
-    ) -> Tensor:
+    def gated(self, x: Tensor, norm: nn.RMSNorm, gate: nn.Linear, up: nn.Linear) -> Tensor:
         """As `plain.gated`."""
         ...
 
@@ -89,10 +79,9 @@ def residual_stream(
         states: Keys and values, to which those of the new tokens are added.
     """
     blocks = [block for block in model.blocks if isinstance(block, DenseBlock | MemoryBlock)]
-    matrices = [block.attention.qkv.weight for block in blocks] + [model.head.weight]
     for layer, block in enumerate(blocks):
         keys, values = states[layer]
-        output, after = block.attention.output, matrices[layer + 1]
+        output = block.attention.output
         query = operations.query_and_cache(
             x,
             block.attention_norm,
@@ -102,17 +91,17 @@ def residual_stream(
             keys=keys,
             values=values,
         )
-        inner = operations.attend(query, lengths=lengths, keys=keys, values=values, upcoming=output.weight)
+        inner = operations.attend(query, lengths=lengths, keys=keys, values=values)
         if isinstance(block, MemoryBlock) and not isinstance(block, FlexBlock):
-            x = operations.add_projection(x, inner, output, row=row(layer), upcoming=after)
+            x = operations.add_projection(x, inner, output, row=row(layer))
             continue
         ffn = block.ffn_c if isinstance(block, FlexBlock) else block.ffn
         if isinstance(ffn, SwiGLU):
-            x = operations.add_projection(x, inner, output, row=None, upcoming=ffn.gate.weight)
-            inner = operations.gated(x, block.ffn_norm, ffn.gate, ffn.up, upcoming=ffn.down.weight)
+            x = operations.add_projection(x, inner, output, row=None)
+            inner = operations.gated(x, block.ffn_norm, ffn.gate, ffn.up)
         else:
             x = operations.add_projection(x, inner, output, row=None)
             inner = block.ffn_norm(x)
             inner = inner if ffn.up is None else F.silu(ffn.up(inner))
-        x = operations.add_projection(x, inner, ffn.down, row=row(layer), upcoming=after)
+        x = operations.add_projection(x, inner, ffn.down, row=row(layer))
     return x

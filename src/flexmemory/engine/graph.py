@@ -35,15 +35,21 @@ PATIENCE_S = 60
 
 
 @triton.jit
-def _finish(tokens_ptr, token_ids_ptr, lengths_ptr, active_ptr, steps_ptr, ring_ptr, RING: tl.constexpr):
+def _finish(
+    tokens_ptr, forced_ptr, capacity, token_ids_ptr, lengths_ptr, active_ptr, steps_ptr, ring_ptr,
+    FORCED: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
     slot = tl.program_id(0)
+    length = tl.load(lengths_ptr + slot)
     token = tl.load(tokens_ptr + slot)
+    if FORCED:
+        token = tl.load(forced_ptr + slot * capacity + length + 1)
     step = tl.load(steps_ptr + slot)
     tl.store(ring_ptr + slot * RING + step % RING, ((step + 1) << 32) | token)
     tl.store(steps_ptr + slot, step + 1)
     if tl.load(active_ptr + slot):
         tl.store(token_ids_ptr + slot, token)
-        tl.store(lengths_ptr + slot, tl.load(lengths_ptr + slot) + 1)
+        tl.store(lengths_ptr + slot, length + 1)
 
 
 class GraphDecoder:
@@ -142,9 +148,6 @@ class GraphDecoder:
             lengths=lengths,
             states=slots.states,
         )
-        if self._forced is not None:
-            operations.most_likely(x, model.norm, model.head)
-            return self._forced[:num_slots].gather(1, lengths[:, None].long() + 1)[:, 0]
         if how == "greedy":
             return operations.most_likely(x, model.norm, model.head)
         logits = operations.logits(x, model.norm, model.head)
@@ -152,7 +155,11 @@ class GraphDecoder:
 
     def _step(self, num_slots: int, how: How, state: tuple[Tensor, ...]) -> None:
         tokens = self._choose(num_slots, how)
-        _finish[(num_slots,)](tokens, *state, RING=RING, num_warps=1)
+        forced = self._forced
+        _finish[(num_slots,)](
+            tokens, tokens if forced is None else forced, self._slots.capacity, *state,
+            FORCED=forced is not None, RING=RING, num_warps=1,
+        )  # fmt: skip
 
     def _capture(self, num_slots: int, how: How) -> torch.cuda.CUDAGraph:
         """Record a step; it is first run without a trace, so that all it needs is compiled and allocated."""

@@ -1,9 +1,8 @@
 """The kernels of a decode step for few sequences; `engine/narrow.py` launches them.
 
 At such batches a step is bound by the bytes of the weights, so memory must never idle. A program takes whole rows of a
-matrix in one tile, which it asks for before it waits for the kernel before it (programmatic dependent launch), and
-fetches a share of the next operation's weights into the cache meanwhile. Products are summed in fp32. Three launches a
-memory layer, five a dense or flex layer.
+matrix in one tile, which it asks for before it waits for the kernel before it (programmatic dependent launch). Products
+are summed in fp32. Three launches a memory layer, five a dense or flex layer.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false
@@ -16,29 +15,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _begin(next_ptr, next_bytes, PDL: tl.constexpr):
-    """Let the next kernel start, and fetch this program's share of what it reads into the cache."""
+def _begin(PDL: tl.constexpr):
+    """Let the next kernel start as soon as there is room for it."""
     if PDL:
         gdc_launch_dependents()
-        share = tl.cdiv(tl.cdiv(next_bytes, tl.num_programs(0) * tl.num_programs(1)), 128) * 128
-        start = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * share
-        size = tl.minimum(share, next_bytes - start)
-        if size > 0:
-            tl.inline_asm_elementwise(
-                """{
-                .reg .pred first;
-                .reg .u32 thread;
-                mov.u32 thread, %tid.x;
-                setp.eq.u32 first, thread, 0;
-                @first cp.async.bulk.prefetch.L2.global [$1], $2;
-                mov.u32 $0, 0;
-                }""",
-                "=r,l,r",
-                [next_ptr.to(tl.int64, bitcast=True) + start, size],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
 
 
 @triton.jit
@@ -77,12 +57,12 @@ def _inverse_rms(x, eps, WIDTH: tl.constexpr):
 @triton.jit
 def query_and_cache_kernel(
     x_ptr, gain_ptr, eps, weight_ptr, scale_ptr, rotary_ptr, lengths_ptr, query_ptr, keys_ptr, values_ptr,
-    rotary_stride, slot_stride, head_stride, next_ptr, next_bytes,
+    rotary_stride, slot_stride, head_stride,
     BATCH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, PAIRS: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program takes some pairs of one head's outputs: `plain.query_and_cache`."""
-    _begin(next_ptr, next_bytes, PDL)
+    _begin(PDL)
     head = tl.program_id(0)
     near = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)  # of a head's first half; they turn with those of its second
     far = near + E // 2
@@ -120,12 +100,12 @@ def query_and_cache_kernel(
 @triton.jit
 def attend_kernel(
     query_ptr, keys_ptr, values_ptr, lengths_ptr, parts_ptr, arrived_ptr, out_ptr, scale, slot_stride, head_stride,
-    next_ptr, next_bytes,
+   
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, TOKENS: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program takes a share of one head's cached tokens, and the last puts them together."""
-    _begin(next_ptr, next_bytes, PDL)
+    _begin(PDL)
     head = tl.program_id(0)  # of all sequences: b * H + h
     split = tl.program_id(1)
     columns = tl.arange(0, BLOCK_E)
@@ -191,12 +171,12 @@ def attend_kernel(
 @triton.jit
 def add_projection_kernel(
     x_ptr, inner_ptr, weight_ptr, scale_ptr, rows_ptr, index_ptr, row_stride, out_ptr,
-    next_ptr, next_bytes,
+   
     BATCH: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_ROW: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program takes some outputs: `plain.add_projection`."""
-    _begin(next_ptr, next_bytes, PDL)
+    _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < D
     tile = _tile(weight_ptr, rows, mask, K, BLOCK)
@@ -215,12 +195,12 @@ def add_projection_kernel(
 
 @triton.jit
 def gated_kernel(
-    x_ptr, gain_ptr, eps, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, out_ptr, next_ptr, next_bytes,
+    x_ptr, gain_ptr, eps, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, out_ptr,
     BATCH: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program takes some cells: `plain.gated`."""
-    _begin(next_ptr, next_bytes, PDL)
+    _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < K
     gate_tile = _tile(gate_ptr, rows, mask, D, BLOCK)
@@ -241,12 +221,12 @@ def gated_kernel(
 
 @triton.jit
 def head_kernel(
-    x_ptr, gain_ptr, eps, weight_ptr, scale_ptr, logits_ptr, best_ptr, best_id_ptr, next_ptr, next_bytes,
+    x_ptr, gain_ptr, eps, weight_ptr, scale_ptr, logits_ptr, best_ptr, best_id_ptr,
     BATCH: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     GREEDY: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program takes some tokens, of which it keeps the scores or only the best."""
-    _begin(next_ptr, next_bytes, PDL)
+    _begin(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < V
     tile = _tile(weight_ptr, rows, mask, D, BLOCK)
@@ -266,11 +246,9 @@ def head_kernel(
 
 
 @triton.jit
-def best_kernel(
-    best_ptr, best_id_ptr, out_ptr, next_ptr, next_bytes, COUNT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def best_kernel(best_ptr, best_id_ptr, out_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The best of what the programs of `head_kernel` kept, for one sequence."""
-    _begin(next_ptr, next_bytes, PDL)
+    _begin(PDL)
     b = tl.program_id(0)
     places = tl.arange(0, BLOCK)
     _wait(PDL)

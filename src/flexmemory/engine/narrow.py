@@ -28,15 +28,13 @@ ATTENTION_PROGRAMS = 1024
 MAX_SPLITS = 64
 FEW_HEADS = 64
 """Heads up to which programs of one warp are the fastest."""
-FETCHED_BYTES = 24 * 2**20
-"""Of the next operation's weights, at most: half of an H200's cache."""
 
 
 class NarrowKernels:
     """The operations of `engine/plain.py` on one GPU."""
 
     def __init__(self, device: torch.device, *, pdl: bool = True) -> None:
-        """With `pdl` kernels start while the one before runs, and fetch ahead (compute capability 9.0)."""
+        """With `pdl` kernels start while the one before runs (compute capability 9.0)."""
         self._launch = {"PDL": pdl, "launch_pdl": pdl}
         self._arrived = torch.zeros(ATTENTION_PROGRAMS, dtype=torch.int32, device=device)
         """Programs of each head that have finished; zero between launches."""
@@ -51,7 +49,6 @@ class NarrowKernels:
         lengths: Tensor,
         keys: Tensor,
         values: Tensor,
-        upcoming: Tensor | None = None,
     ) -> Tensor:
         """As `plain.query_and_cache`."""
         batch, width = x.shape
@@ -65,15 +62,13 @@ class NarrowKernels:
             pairs *= 2
         query_and_cache_kernel[heads + 2 * kv_heads, head_size // 2 // pairs](
             x, norm.weight, norm.eps, weight, scale, rotary, lengths, query, keys, values,
-            rotary.stride(0), keys.stride(0), keys.stride(1), *_fetched(upcoming, x),
+            rotary.stride(0), keys.stride(0), keys.stride(1),
             BATCH=batch, D=width, BLOCK=block, E=head_size, PAIRS=pairs, H=heads, G=kv_heads, INT8=int8,
             num_warps=TILE_WARPS, **self._launch,
         )  # fmt: skip
         return query
 
-    def attend(
-        self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor, upcoming: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """As `plain.attend`."""
         batch, heads, head_size = query.shape
         kv_heads, capacity = keys.shape[1:3]
@@ -84,7 +79,6 @@ class NarrowKernels:
         parts = torch.empty(batch * heads * splits * (block + 2), dtype=torch.float32, device=query.device)
         attend_kernel[batch * heads, splits](
             query, keys, values, lengths, parts, self._arrived, out, head_size**-0.5, keys.stride(0), keys.stride(1),
-            *_fetched(upcoming, query),
             H=heads, G=kv_heads, E=head_size, BLOCK_E=block, TOKENS=TOKENS, SPLITS=splits,
             num_warps=1 if batch * heads <= FEW_HEADS else 2, **self._launch,
         )  # fmt: skip
@@ -97,7 +91,6 @@ class NarrowKernels:
         projection: nn.Linear,
         *,
         row: RowOf | None,
-        upcoming: Tensor | None = None,
     ) -> Tensor:
         """As `plain.add_projection`."""
         batch, width = x.shape
@@ -106,15 +99,13 @@ class NarrowKernels:
         out = torch.empty_like(x)
         rows_of, index = (x, x) if row is None else row
         add_projection_kernel[(triton.cdiv(width, rows),)](
-            x, inner, weight, scale, rows_of, index, rows_of.stride(0), out, *_fetched(upcoming, x),
+            x, inner, weight, scale, rows_of, index, rows_of.stride(0), out,
             BATCH=batch, D=width, K=inner.shape[1], BLOCK=block, ROWS=rows, HAS_ROW=row is not None, INT8=int8,
             num_warps=TILE_WARPS, **self._launch,
         )  # fmt: skip
         return out
 
-    def gated(
-        self, x: Tensor, norm: nn.RMSNorm, gate: nn.Linear, up: nn.Linear, *, upcoming: Tensor | None = None
-    ) -> Tensor:
+    def gated(self, x: Tensor, norm: nn.RMSNorm, gate: nn.Linear, up: nn.Linear) -> Tensor:
         """As `plain.gated`."""
         batch, width = x.shape
         (gate_weight, gate_scale, int8), (up_weight, up_scale, _) = _matrix(gate), _matrix(up)
@@ -122,7 +113,7 @@ class NarrowKernels:
         block, rows = _shape(width, tiles=2)
         out = x.new_empty(batch, cells)
         gated_kernel[(triton.cdiv(cells, rows),)](
-            x, norm.weight, norm.eps, gate_weight, gate_scale, up_weight, up_scale, out, *_fetched(upcoming, x),
+            x, norm.weight, norm.eps, gate_weight, gate_scale, up_weight, up_scale, out,
             BATCH=batch, D=width, K=cells, BLOCK=block, ROWS=rows, INT8=int8, num_warps=TILE_WARPS, **self._launch,
         )  # fmt: skip
         return out
@@ -139,7 +130,7 @@ class NarrowKernels:
         out = torch.empty(len(x), dtype=torch.int64, device=x.device)
         count = best.shape[1]
         best_kernel[(len(x),)](
-            best, best_id, out, x, 0, COUNT=count, BLOCK=triton.next_power_of_2(count), num_warps=8, **self._launch
+            best, best_id, out, COUNT=count, BLOCK=triton.next_power_of_2(count), num_warps=8, **self._launch
         )  # fmt: skip
         return out
 
@@ -151,7 +142,7 @@ class NarrowKernels:
         best = torch.empty(len(x), programs, dtype=torch.float32, device=x.device)
         best_id = torch.empty(len(x), programs, dtype=torch.int32, device=x.device)
         head_kernel[(programs,)](
-            x, norm.weight, norm.eps, weight, scale, best if logits is None else logits, best, best_id, x, 0,
+            x, norm.weight, norm.eps, weight, scale, best if logits is None else logits, best, best_id,
             BATCH=len(x), D=width, V=vocab_size, BLOCK=block, ROWS=rows, GREEDY=logits is None, INT8=int8,
             num_warps=TILE_WARPS, **self._launch,
         )  # fmt: skip
@@ -163,11 +154,6 @@ def _matrix(linear: nn.Linear | Int8Linear) -> tuple[Tensor, Tensor, bool]:
     if isinstance(linear, Int8Linear):
         return linear.weight, linear.scale, True
     return linear.weight, linear.weight, False
-
-
-def _fetched(upcoming: Tensor | None, any_tensor: Tensor) -> tuple[Tensor, int]:
-    """A tensor and how many of its bytes to fetch."""
-    return (any_tensor, 0) if upcoming is None else (upcoming, min(upcoming.nbytes, FETCHED_BYTES) // 128 * 128)
 
 
 def _shape(width: int, *, tiles: int = 1) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What a decode step computes, operation by operation, in plain PyTorch: the reference of `engine/kernels.py`.
 
-One new token a sequence; `upcoming` (what a kernel may fetch ahead) means nothing here. Dimension key: B sequences, S
+One new token a sequence. Dimension key: B sequences, S
 slots of the cache, H query heads, G key and value heads, E head width, C capacity of a slot, D model width, K cells, U
 rows, V vocabulary.
 """
@@ -31,7 +31,6 @@ def query_and_cache(
     lengths: Int[Tensor, " B"],
     keys: Float[Tensor, "S G C E"],
     values: Float[Tensor, "S G C E"],
-    upcoming: Tensor | None = None,
 ) -> Float[Tensor, "B H E"]:
     """The turned queries of new tokens at positions `lengths`; their keys and values go into the cache there."""
     batch, kv_heads, head_size = len(x), keys.shape[1], keys.shape[3]
@@ -52,7 +51,6 @@ def attend(
     lengths: Int[Tensor, " B"],
     keys: Float[Tensor, "S G C E"],
     values: Float[Tensor, "S G C E"],
-    upcoming: Tensor | None = None,
 ) -> Float[Tensor, "B D"]:
     """Attention of each query over positions 0 .. `lengths` of its slot."""
     batch, heads, _ = query.shape
@@ -73,16 +71,13 @@ def add_projection(
     projection: nn.Linear,
     *,
     row: RowOf | None,
-    upcoming: Tensor | None = None,
 ) -> Float[Tensor, "B D"]:
     """The residual stream plus a projection, plus the layer's row where there is one (Eq. 2.10)."""
     y = x + projection(inner)
     return y if row is None else y + row.rows[row.chosen[: len(x)]].to(x.dtype)
 
 
-def gated(
-    x: Float[Tensor, "B D"], norm: nn.RMSNorm, gate: nn.Linear, up: nn.Linear, *, upcoming: Tensor | None = None
-) -> Float[Tensor, "B K"]:
+def gated(x: Float[Tensor, "B D"], norm: nn.RMSNorm, gate: nn.Linear, up: nn.Linear) -> Float[Tensor, "B K"]:
     """Coefficients of a SwiGLU's cells (Eq. 2.7)."""
     y = norm(x)
     return up(y) * F.silu(gate(y))

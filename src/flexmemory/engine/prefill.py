@@ -37,6 +37,11 @@ class Prefill:
         self._model, self._slots, self._row_source = model, slots, row_source
         self._device = model.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._prompts = None
+        if self._stream is not None:
+            from flexmemory.engine.prompt import Prompts  # Triton is there where a GPU is
+
+            self._prompts = Prompts(model, slots)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefill-rows")
         # Rows that a GPU may still be reading: their memory must not go to the fetching stream.
         self._in_use: collections.deque[tuple[torch.cuda.Event, Rows]] = collections.deque()
@@ -69,9 +74,7 @@ class Prefill:
             chunk.rows = None
             if then is not None:
                 self.fetch(then)
-        token_ids = chunk.token_ids
-        if self._stream is not None:
-            token_ids = token_ids.pin_memory().to(self._device, non_blocking=True)
+        token_ids = chunk.token_ids if self._stream is None else chunk.token_ids.pin_memory()
         logits = self._logits(token_ids, rows, slot, start=chunk.start)
         self._slots.filled(slot, chunk.stop)
         if self._stream is not None and rows is not None:
@@ -80,14 +83,13 @@ class Prefill:
 
     def _logits(self, token_ids: Tensor, rows: Rows | None, slot: int, *, start: int) -> Tensor:
         model, slots = self._model, self._slots
-        if self._stream is not None and rows is None and model.config.has_memory:
-            rows = model.rows(token_ids)
-        if self._stream is not None and (rows is None or isinstance(rows, MemoryRows)):
-            from flexmemory.engine.prompt import prompt_logits  # Triton is there where a GPU is
-
-            states = slots.states[:, :, slot : slot + 1]
-            return prompt_logits(model, token_ids[0], rows, start=start, rotary=slots.rotary, states=states)
-        return model.head(model.hidden_states(token_ids, rows, slots.prompt_cache(slot, length=start))[:, -1])
+        if self._prompts is not None:
+            if isinstance(rows, MemoryRows):
+                return self._prompts.logits(token_ids, rows, slot, start=start)
+            if not model.config.has_memory:
+                return self._prompts.logits(token_ids, None, slot, start=start)
+        cache = slots.prompt_cache(slot, length=start)
+        return model.head(model.hidden_states(token_ids.to(self._device), rows, cache)[:, -1])
 
     def _hold(self, rows: Rows) -> None:
         event = torch.cuda.Event()

@@ -1,6 +1,8 @@
-"""A chunk of a prompt on a GPU: many new tokens of one sequence, by the operations of a decode step.
+"""Chunks of prompts on a GPU: many new tokens of one sequence, by the operations of a decode step.
 
-`Transformer.forward` computes the same in about three times as many launches; tests hold the two together.
+`Transformer.forward` computes the same in about three times as many launches; tests hold the two together. The first
+chunk of a prompt has a form that fits any slot and any prompt of up to its length, so it is captured as a CUDA graph
+the second time that its size occurs.
 """
 
 from __future__ import annotations
@@ -13,17 +15,95 @@ from torch.nn.attention.bias import causal_lower_right
 
 from flexmemory.engine.decode import residual_stream
 from flexmemory.engine.plain import RowOf
+from flexmemory.engine.slots import Slots
 from flexmemory.engine.wide import WideKernels, rotate_and_cache
 from flexmemory.model.memory import MemoryRows
 from flexmemory.model.transformer import Transformer
 
+SMALLEST = 64
+"""Tokens of the smallest captured chunk; longer ones are powers of two."""
+
+
+class Prompts:
+    """Computes chunks of prompts into slots."""
+
+    def __init__(self, model: Transformer, slots: Slots) -> None:
+        """Fill `slots`."""
+        self._model, self._slots = model, slots
+        self._seen: set[int] = set()
+        self._captured: dict[int, _FirstChunk] = {}
+
+    def logits(
+        self, token_ids: Int[Tensor, "1 T"], rows: MemoryRows | None, slot: int, *, start: int
+    ) -> Float[Tensor, "1 V"]:
+        """Logits after a chunk at positions `start` .. `start + T - 1` of the sequence in `slot`."""
+        slots, count = self._slots, token_ids.shape[1]
+        size = max(SMALLEST, 1 << (count - 1).bit_length())
+        if start == 0 and size <= slots.capacity:
+            if size in self._captured:
+                return self._captured[size].run(token_ids, rows, slot)
+            if size in self._seen:
+                self._captured[size] = chunk = _FirstChunk(self._model, slots, size=size, rows=rows)
+                return chunk.run(token_ids, rows, slot)
+            self._seen.add(size)
+        ids = token_ids[0].to(self._model.device, non_blocking=True)
+        operations = _PromptKernels(slots.token_ids.device, slot=torch.full((1,), slot, device=ids.device), start=start)
+        lengths = torch.arange(start, start + count, dtype=torch.int32, device=ids.device)
+        x = _stream(self._model, slots, operations, ids, rows, lengths=lengths)
+        return operations.logits(x[-1:], self._model.norm, self._model.head)
+
+    def forget(self) -> None:
+        """Give back what captured chunks hold."""
+        self._captured.clear()
+        self._seen.clear()
+
+
+class _FirstChunk:
+    """A captured chunk at the start of a sequence: up to `size` tokens, those that are left over computed in vain."""
+
+    def __init__(self, model: Transformer, slots: Slots, *, size: int, rows: MemoryRows | None) -> None:
+        """Capture it, for rows that look like `rows`."""
+        device = slots.token_ids.device
+        self._token_ids = torch.zeros(1, size, dtype=torch.int64, device=device)
+        self._slot, self._last = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        self._rows = None
+        if rows is not None:
+            table = rows.table.new_zeros((size, *rows.table.shape[1:]))
+            self._rows = rows.moved(table, torch.zeros_like(self._token_ids))
+        lengths = torch.arange(size, dtype=torch.int32, device=device)
+        operations = _PromptKernels(device, slot=self._slot, start=0)
+
+        def compute() -> Tensor:
+            x = _stream(model, slots, operations, self._token_ids[0], self._rows, lengths=lengths)
+            return operations.logits(x.index_select(0, self._last), model.norm, model.head)
+
+        self._graph = torch.cuda.CUDAGraph()
+        # It was run once without being captured, so all kernels are compiled; what it writes now, `run` writes again.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits = compute()
+
+    def run(self, token_ids: Int[Tensor, "1 T"], rows: MemoryRows | None, slot: int) -> Float[Tensor, "1 V"]:
+        """Compute a chunk into `slot`."""
+        count = token_ids.shape[1]
+        self._token_ids[:, :count].copy_(token_ids, non_blocking=True)
+        self._slot.fill_(slot)
+        self._last.fill_(count - 1)
+        if rows is not None:
+            assert self._rows is not None
+            self._rows.table[: len(rows.table)] = rows.table
+            self._rows.index[:, :count] = rows.index
+        self._graph.replay()
+        return self._logits.clone()
+
 
 class _PromptKernels(WideKernels):
-    """The operations for T tokens of one slot, whose keys and values are (1, G, C, E)."""
+    """The operations for T tokens of one slot, (1,) int64, after `start` tokens in its cache."""
 
-    def __init__(self, device: torch.device, *, stop: int) -> None:
+    def __init__(self, device: torch.device, *, slot: Tensor, start: int) -> None:
         super().__init__(device)
-        self._stop = stop
+        self._slot, self._start = slot, start
+        self._new: tuple[Tensor, Tensor] | None = None
+        """Keys and values of these tokens, (T, G, E) each."""
 
     def query_and_cache(
         self,
@@ -35,56 +115,53 @@ class _PromptKernels(WideKernels):
         lengths: Tensor,
         keys: Tensor,
         values: Tensor,
-        upcoming: Tensor | None = None,
     ) -> Tensor:
-        return rotate_and_cache(qkv(norm(x)), rotary, lengths, keys, values, slot_stride=0)
+        heads = qkv(norm(x))
+        query, turned = rotate_and_cache(heads, rotary, lengths, keys, values, slot=self._slot)
+        assert turned is not None
+        self._new = turned, heads[:, -turned[0].numel() :].view_as(turned)
+        return query
 
-    def attend(
-        self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor, upcoming: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        assert self._new is not None
         count, num_heads = query.shape[:2]
+        stop = self._start + count
         grouped = num_heads != keys.shape[1]
         mask = None
-        if 1 < count < self._stop:
-            mask = causal_lower_right(count, self._stop)
-            if grouped:  # that bias has no form for groups
-                mask = torch.ones(count, self._stop, dtype=torch.bool, device=query.device).tril(self._stop - count)
+        if self._start == 0:
+            key, value = (tensor.transpose(0, 1)[None] for tensor in self._new)  # (1, G, T, E)
+        else:
+            key, value = (tensor.index_select(0, self._slot)[:, :, :stop] for tensor in (keys, values))
+            if count > 1:
+                mask = causal_lower_right(count, stop)
+                if grouped:  # that bias has no form for groups
+                    mask = torch.ones(count, stop, dtype=torch.bool, device=query.device).tril(self._start)
         attended = F.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
-            keys[:, :, : self._stop],
-            values[:, :, : self._stop],
+            key,
+            value,
             attn_mask=mask,
-            is_causal=count == self._stop > 1,
+            is_causal=self._start == 0 and count > 1,
             enable_gqa=grouped,
         )  # (1, H, T, E)
         return attended[0].transpose(0, 1).flatten(1)
 
 
-def prompt_logits(
+def _stream(
     model: Transformer,
+    slots: Slots,
+    operations: _PromptKernels,
     token_ids: Int[Tensor, " T"],
     rows: MemoryRows | None,
     *,
-    start: int,
-    rotary: Float[Tensor, "2 C E"],
-    states: Float[Tensor, "L 2 1 G C E"],
-) -> Float[Tensor, "1 V"]:
-    """Logits after a chunk at positions `start` .. `start + T - 1` of the sequence whose cache is `states`."""
-    operations = _PromptKernels(token_ids.device, stop=start + len(token_ids))
+    lengths: Int[Tensor, " T"],
+) -> Float[Tensor, "T D"]:
+    """The residual stream of a chunk, before the last norm."""
     x = None if rows is None else rows.embeddings()
     x = model.embed(token_ids) if x is None else x[0]
 
     def row(layer: int) -> RowOf | None:
         of_layer = None if rows is None else rows.unique(layer)
-        return None if of_layer is None or rows is None else RowOf(of_layer, rows.index.flatten())
+        return None if of_layer is None or rows is None else RowOf(of_layer, rows.index[0])
 
-    x = residual_stream(
-        model,
-        operations,
-        x,
-        row=row,
-        rotary=rotary,
-        lengths=torch.arange(start, start + len(token_ids), dtype=torch.int32, device=x.device),
-        states=states,
-    )
-    return operations.logits(x[-1:], model.norm, model.head)
+    return residual_stream(model, operations, x, row=row, rotary=slots.rotary, lengths=lengths, states=slots.states)

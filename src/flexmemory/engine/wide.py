@@ -19,8 +19,9 @@ from flexmemory.engine.plain import RowOf
 
 @triton.jit
 def _rotate_and_cache(
-    heads_ptr, rotary_ptr, lengths_ptr, query_ptr, keys_ptr, values_ptr, rotary_stride, slot_stride, head_stride,
-    E: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    heads_ptr, rotary_ptr, lengths_ptr, query_ptr, keys_ptr, values_ptr, slot_ptr, turned_ptr,
+    rotary_stride, slot_stride, head_stride,
+    E: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, G: tl.constexpr, ONE_SLOT: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0)
     head = tl.program_id(1)
@@ -37,11 +38,16 @@ def _rotate_and_cache(
         turned = a * cosine - c * sine
         c = c * cosine + a * sine
         a = turned
-    cached = b.to(tl.int64) * slot_stride + position * E
+    slot = tl.load(slot_ptr) if ONE_SLOT else b.to(tl.int64)
+    cached = slot * slot_stride + position * E
     if head < H:
         target = query_ptr + (b * H + head) * E
     elif head < H + G:
         target = keys_ptr + cached + (head - H) * head_stride
+        if ONE_SLOT:
+            turned = turned_ptr + (b * G + head - H) * E
+            tl.store(turned + near, a.to(turned_ptr.dtype.element_ty), mask=mask)
+            tl.store(turned + far, c.to(turned_ptr.dtype.element_ty), mask=mask)
     else:
         target = values_ptr + cached + (head - H - G) * head_stride
     tl.store(target + near, a.to(query_ptr.dtype.element_ty), mask=mask)
@@ -65,20 +71,26 @@ def _add(
 
 
 def rotate_and_cache(
-    heads: Tensor, rotary: Tensor, lengths: Tensor, keys: Tensor, values: Tensor, *, slot_stride: int
-) -> Tensor:
-    """Queries (B, H, E) of fused projections (B, (H + 2 G) E), turned; keys and values go into the cache.
+    heads: Tensor, rotary: Tensor, lengths: Tensor, keys: Tensor, values: Tensor, *, slot: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Turn queries and keys of fused projections (B, (H + 2 G) E); keys and values go into the cache at `lengths`.
 
-    Sequence b is `slot_stride` numbers after the one before it in `keys` and `values`: 0 for tokens of one sequence.
+    Sequence b is that of slot b; or all are tokens of one `slot`, (1,) int64.
+
+    Returns:
+        Queries (B, H, E), and for one slot keys (B, G, E).
     """
     batch, kv_heads, head_size = len(heads), keys.shape[1], keys.shape[3]
     num_heads = heads.shape[1] // head_size - 2 * kv_heads
     query = heads.new_empty(batch, num_heads, head_size)
+    turned = None if slot is None else heads.new_empty(batch, kv_heads, head_size)
     _rotate_and_cache[batch, num_heads + 2 * kv_heads](
-        heads, rotary, lengths, query, keys, values, rotary.stride(0), slot_stride, keys.stride(1),
-        E=head_size, BLOCK=triton.next_power_of_2(head_size // 2), H=num_heads, G=kv_heads, num_warps=1,
+        heads, rotary, lengths, query, keys, values, lengths if slot is None else slot,
+        query if turned is None else turned, rotary.stride(0), keys.stride(0), keys.stride(1),
+        E=head_size, BLOCK=triton.next_power_of_2(head_size // 2), H=num_heads, G=kv_heads,
+        ONE_SLOT=slot is not None, num_warps=1,
     )  # fmt: skip
-    return query
+    return query, turned
 
 
 class WideKernels:
@@ -98,20 +110,16 @@ class WideKernels:
         lengths: Tensor,
         keys: Tensor,
         values: Tensor,
-        upcoming: Tensor | None = None,
     ) -> Tensor:
         """As `plain.query_and_cache`."""
-        return rotate_and_cache(qkv(norm(x)), rotary, lengths, keys, values, slot_stride=keys.stride(0))
+        query, _ = rotate_and_cache(qkv(norm(x)), rotary, lengths, keys, values)
+        return query
 
-    def attend(
-        self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor, upcoming: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """As `plain.attend`."""
         return self._attention.attend(query, lengths=lengths, keys=keys, values=values)
 
-    def add_projection(
-        self, x: Tensor, inner: Tensor, projection: nn.Module, *, row: RowOf | None, upcoming: Tensor | None = None
-    ) -> Tensor:
+    def add_projection(self, x: Tensor, inner: Tensor, projection: nn.Module, *, row: RowOf | None) -> Tensor:
         """As `plain.add_projection`."""
         y = projection(inner)
         out = torch.empty_like(x)
@@ -123,9 +131,7 @@ class WideKernels:
         )  # fmt: skip
         return out
 
-    def gated(
-        self, x: Tensor, norm: nn.RMSNorm, gate: nn.Module, up: nn.Module, *, upcoming: Tensor | None = None
-    ) -> Tensor:
+    def gated(self, x: Tensor, norm: nn.RMSNorm, gate: nn.Module, up: nn.Module) -> Tensor:
         """As `plain.gated`."""
         y = norm(x)
         return up(y) * F.silu(gate(y))

@@ -66,6 +66,10 @@ class MemoryRows:
         """The rows of layer `layer` that the index points into, or None where the table leaves it out."""
         return self._layers.get(layer)
 
+    def moved(self, table: Float[Tensor, "U slices D"], index: Int[Tensor, "B T"]) -> MemoryRows:
+        """The same slices in another table, under another index."""
+        return MemoryRows(table, index, layers=tuple(self._layers), embedding=self._embedding is not None)
+
     def embeddings(self) -> Float[Tensor, "B T D"] | None:
         """The input embeddings, or None where the table does not hold them and the model looks them up."""
         return None if self._embedding is None else F.embedding(self.index, self._embedding)

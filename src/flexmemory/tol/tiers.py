@@ -16,7 +16,6 @@ from flexmemory.model.memory import MemoryRows, unique_ids
 from flexmemory.tol.codec import get_codec
 from flexmemory.tol.contract import RowTier, check_gather
 from flexmemory.tol.disk import DiskRows
-from flexmemory.tol.staging import Staging
 from flexmemory.tol.store import ToLStore
 
 Where = Literal["device", "host", "disk"]
@@ -49,10 +48,10 @@ class DeviceRows:
 
 
 class HostRows:
-    """The whole table in host memory, gathered there and copied to where `out` is."""
+    """The whole table in host memory; from pinned memory a GPU takes rows by itself."""
 
     def __init__(self, store: ToLStore, *, pinned: bool) -> None:
-        """Load and check every row; `pinned` memory is what a GPU copies from at full speed.
+        """Load and check every row; `pinned` memory is what a GPU can read.
 
         Raises:
             OSError: a file cannot be read.
@@ -63,21 +62,17 @@ class HostRows:
         self.hidden_size, self.vocab_size = store.hidden_size, store.vocab_size
         self.table = _empty_table(store, device="cpu", pinned=pinned)
         self._bytes = self.table.view(torch.uint8).flatten(1)  # (V, row_bytes), the same memory
-        self._staging: dict[torch.device, Staging] = {}
+        self._pinned = pinned
         store.read_table(self.table)
 
     def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U slices D"]) -> None:
         """As `RowTier.gather`."""
         token_ids = token_ids.cpu()
         check_gather(self, token_ids, out)
-        if out.is_cuda:
-            if out.device not in self._staging:
-                self._staging[out.device] = Staging(out.device, row_bytes=self._bytes.shape[1])
-            self._staging[out.device].send(
-                out,
-                fill=lambda part, buffer: torch.index_select(self._bytes, 0, token_ids[part], out=buffer),
-                decode=lambda buffer, rows: rows.view(torch.uint8).flatten(1).copy_(buffer, non_blocking=True),
-            )
+        if out.is_cuda and self._pinned and len(token_ids):
+            from flexmemory.tol.pinned import gather_pinned  # Triton is there where a GPU is
+
+            gather_pinned(self._bytes, token_ids, out.view(torch.uint8).flatten(1))
         elif out.device.type == "cpu":
             torch.index_select(self.table, 0, token_ids, out=out)
         else:
