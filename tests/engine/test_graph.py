@@ -66,11 +66,15 @@ def test_any_schedule_gives_the_tokens_of_the_reference(saved, tmp_path, name, k
     model = checkpoint.load(device="cuda", memory=not checkpoint.config.has_memory)
     tier = tier_of(checkpoint, tmp_path, kind, embedding=embedding)
     rng = random.Random(f"{name} {kind}")
-    sizes = {"max_sequences": rng.choice([1, 3, 5, 12]), "max_length": rng.choice([None, 40]), "prefill_chunk": 16}
+    sizes = {
+        "max_sequences": rng.choice([1, 2, 4]),
+        "max_length": rng.choice([None, 40]),
+        "prefill_chunk": rng.choice([16, 100]),
+    }
     engine = engine_of(model, tier, **sizes)
     requests = []
-    while len(requests) < 12 or engine.busy:
-        if len(requests) < 12 and rng.random() < 0.5:
+    while len(requests) < 8 or engine.busy:
+        if len(requests) < 8 and rng.random() < 0.5:
             requests.append(engine.submit(**random_request(rng)))
         if requests and rng.random() < 0.03:
             engine.cancel(rng.choice(requests))
