@@ -70,17 +70,13 @@ class _FirstChunk:
         if rows is not None:
             table = rows.table.new_zeros((size, *rows.table.shape[1:]))
             self._rows = rows.moved(table, torch.zeros_like(self._token_ids))
-        lengths = torch.arange(size, dtype=torch.int32, device=device)
-        operations = _PromptKernels(device, slot=self._slot, start=0)
-
-        def compute() -> Tensor:
-            x = _stream(model, slots, operations, self._token_ids[0], self._rows, lengths=lengths)
-            return operations.logits(x.index_select(0, self._last), model.norm, model.head)
-
+        # A graph keeps alive nothing that it reads: all of it belongs to this object, or to the model and the slots.
+        self._lengths = torch.arange(size, dtype=torch.int32, device=device)
+        self._operations = operations = _PromptKernels(device, slot=self._slot, start=0)
         self._graph = torch.cuda.CUDAGraph()
-        # It was run once without being captured, so all kernels are compiled; what it writes now, `run` writes again.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = compute()
+            x = _stream(model, slots, operations, self._token_ids[0], self._rows, lengths=self._lengths)
+            self._logits = operations.logits(x.index_select(0, self._last), model.norm, model.head)
 
     def run(self, token_ids: Int[Tensor, "1 T"], rows: MemoryRows | None, slot: int) -> Float[Tensor, "1 V"]:
         """Compute a chunk into `slot`."""
