@@ -20,7 +20,9 @@ from flexmemory.engine.kernels import (
 from flexmemory.engine.plain import RowOf
 
 TILE, TILE_WARPS = 8192, 4
-"""Numbers of the tile of weights that a program takes, and its warps."""
+"""Numbers of the tile of weights that a program takes (two rows at least), and its warps."""
+HEAD_TILE = 16384
+"""The same for the head, whose programs are many."""
 TOKENS = 32
 """Cached tokens that an attention program takes at once."""
 ATTENTION_PROGRAMS = 1024
@@ -110,7 +112,7 @@ class NarrowKernels:
         batch, width = x.shape
         (gate_weight, gate_scale, int8), (up_weight, up_scale, _) = _matrix(gate), _matrix(up)
         cells = len(gate_weight)
-        block, rows = _shape(width, tiles=2)
+        block, rows = _shape(width, tile=TILE // 2)
         out = x.new_empty(batch, cells)
         gated_kernel[(triton.cdiv(cells, rows),)](
             x, norm.weight, norm.eps, gate_weight, gate_scale, up_weight, up_scale, out,
@@ -137,7 +139,7 @@ class NarrowKernels:
     def _head(self, x: Tensor, norm: nn.RMSNorm, head: nn.Linear, *, logits: Tensor | None) -> tuple[Tensor, Tensor]:
         weight, scale, int8 = _matrix(head)
         vocab_size, width = weight.shape
-        block, rows = _shape(width)
+        block, rows = _shape(width, tile=HEAD_TILE)
         programs = triton.cdiv(vocab_size, rows)
         best = torch.empty(len(x), programs, dtype=torch.float32, device=x.device)
         best_id = torch.empty(len(x), programs, dtype=torch.int32, device=x.device)
@@ -156,7 +158,7 @@ def _matrix(linear: nn.Linear | Int8Linear) -> tuple[Tensor, Tensor, bool]:
     return linear.weight, linear.weight, False
 
 
-def _shape(width: int, *, tiles: int = 1) -> tuple[int, int]:
-    """Numbers of a padded row, and rows of a program that takes `tiles` tiles."""
+def _shape(width: int, *, tile: int = TILE) -> tuple[int, int]:
+    """Numbers of a padded row, and rows of a tile."""
     block = triton.next_power_of_2(width)
-    return block, max(1, TILE // (block * tiles))
+    return block, max(2, tile // block)
