@@ -25,12 +25,13 @@ def demo_table(results: dict) -> str:
 
 
 def train_table(results: dict) -> str:
-    """Training speed and memory as Markdown, each model beside the dense one of its size and step."""
+    """Training speed, its bound and memory as Markdown, each model beside the dense one of its size and step."""
     entries = results["entries"]
     dense = {(entry["size"], entry["batch_tokens"]): entry for entry in entries if entry["variant"] == "dense"}
     lines = [
-        "| | tokens a step | tokens/s | to dense | FLOPs a token, to dense | of the matrix rate | peak memory, GB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | tokens a step | tokens/s | to dense | bounds, to dense | of its bound | FLOPs a token, to dense | "
+        "of the matrix rate | peak memory, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for entry in entries:
         base = dense[entry["size"], entry["batch_tokens"]]
@@ -40,6 +41,8 @@ def train_table(results: dict) -> str:
             f"{entry['batch_tokens']:,}",
             f"{entry['tokens_per_s']:,.0f}",
             f"{entry['tokens_per_s'] / base['tokens_per_s']:.2f}",
+            f"{entry['bound_tokens_per_s'] / base['bound_tokens_per_s']:.2f}",
+            f"{entry['tokens_per_s'] / entry['bound_tokens_per_s']:.0%}",
             f"1 / {base['flops_per_token'] / entry['flops_per_token']:.2f}",
             f"{entry['mfu']:.0%}",
             f"{entry['peak_memory_bytes'] / 1e9:.1f}",

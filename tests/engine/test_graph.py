@@ -96,6 +96,7 @@ def test_forced_tokens_are_taken(saved, tmp_path, batch):
         engine.step()
     for slot, request in enumerate(requests):
         assert request.tokens[1:] == forced[slot, 4:23].tolist()
+    assert tier is not None
     ids = [1, 2, 3, *requests[0].tokens]
     keys = engine.slots.states[:, 0, 0, :, : len(ids) - 1]
     from flexmemory.model.kv_cache import KVCache

@@ -84,11 +84,11 @@ OPERATIONS = ["query_and_cache", "attend", "add_projection", "add_projection_and
 
 
 def kernels_of(kind):
-    from flexmemory.engine.kernels import Kernels
+    from flexmemory.engine.narrow import NarrowKernels
     from flexmemory.engine.wide import WideKernels
 
     device = torch.device("cuda")
-    return WideKernels(device) if kind == "wide" else Kernels(device, pdl=kind == "pdl")
+    return WideKernels(device) if kind == "wide" else NarrowKernels(device, pdl=kind == "pdl")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -1,7 +1,9 @@
-"""The kernel of training adds what `index_add_` adds."""
+"""The kernels of training give what `index_add_` and the plain loss give."""
 
 import pytest
 import torch
+
+from flexmemory.train.loss import logits_loss_and_gradient
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compile]  # the type-checking hook cannot wrap a kernel
 
@@ -21,3 +23,23 @@ def test_sorted_rows_add_up(rows, count, width, dtype):
     add_sorted_rows(table[:, 1], ids, order, values)
     torch.testing.assert_close(table.double(), expected, rtol=1e-5, atol=1e-3)
     assert torch.equal(table[:, ::2].double(), expected[:, ::2])
+
+
+@pytest.mark.parametrize(("count", "vocab_size"), [(3, 5), (7, 8192), (2, 16_384), (5, 50_257), (300, 128_256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-6, 0.1])
+def test_the_loss_and_its_gradient_are_as_close_to_fp64_as_the_plain_form(count, vocab_size, dtype, z_loss):
+    from flexmemory.train.kernels import logits_loss_in_place
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = (5 * torch.randn(count, vocab_size, device="cuda", generator=generator)).to(dtype)
+    targets = torch.randint(vocab_size, (count,), device="cuda", generator=generator)
+    targets[-1], logits[0, 0] = vocab_size - 1, 80.0
+    scale = torch.tensor(0.3 / count, device="cuda")
+    exact = logits_loss_and_gradient(logits.double(), targets, z_loss, scale.double())
+    plain = logits_loss_and_gradient(logits, targets, z_loss, scale)
+    found = logits_loss_in_place(logits, targets, z_loss, scale)
+    assert found[1].data_ptr() == logits.data_ptr()
+    for fast, slow, true in zip(found, plain, exact, strict=True):
+        error, plain_error = ((value.double() - true).norm() / true.norm() for value in (fast, slow))
+        assert error <= max(2 * plain_error, 1e-7)  # of sums of a few numbers the plain error may be 0

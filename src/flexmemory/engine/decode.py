@@ -1,7 +1,7 @@
 """One decode step: one new token for each of B sequences, operation by operation.
 
 The sequence of operations is written once. What carries them out is `engine/plain.py` (PyTorch, the reference),
-`engine/kernels.py` (few sequences on a GPU) or `engine/wide.py` (many on a GPU). It equals `Transformer.forward` on
+`engine/narrow.py` (few sequences on a GPU) or `engine/wide.py` (many on a GPU). It equals `Transformer.forward` on
 the same tokens, which tests assert.
 """
 

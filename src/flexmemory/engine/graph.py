@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flexmemory.engine.decode import Operations, residual_stream
 from flexmemory.engine.feed import RowFeed
-from flexmemory.engine.kernels import Kernels
+from flexmemory.engine.narrow import NarrowKernels
 from flexmemory.engine.sampling import How, sample
 from flexmemory.engine.slots import Slots
 from flexmemory.engine.wide import WideKernels
@@ -27,7 +27,7 @@ from flexmemory.model.transformer import Transformer
 from flexmemory.tol.tiers import RowTier
 
 NARROW = 1
-"""Sequences up to which `Kernels` are faster than matrix products."""
+"""Sequences up to which `NarrowKernels` are faster than matrix products."""
 RING = 8
 """Steps whose tokens are kept on the host."""
 PATIENCE_S = 60
@@ -75,7 +75,7 @@ class GraphDecoder:
         self._model, self._slots, self._forced = model, slots, forced
         device, num_slots = slots.token_ids.device, len(slots.token_ids)
         self._feed = None if tier is None else RowFeed(tier, slots)
-        self._narrow = Kernels(device, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
+        self._narrow = NarrowKernels(device, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
         self._wide = WideKernels(device)
         self._steps = torch.zeros(num_slots, dtype=torch.int64, device=device)
         """Steps of each slot, active or not."""

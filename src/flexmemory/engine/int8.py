@@ -19,6 +19,8 @@ Int8Part = Literal["head", "all"]
 
 PACKED_ROWS = 16
 """Inputs at once up to which PyTorch's own int8 kernel for CPUs beats converting the weights (AVX2, 2 cores)."""
+KERNEL_ROWS = 256
+"""Inputs at once up to which weights are read as int8 on a GPU; beyond, the product outweighs them."""
 CONVERTED_OUTPUTS = 8192
 """Outputs whose weights exist in floating point at once."""
 QUANTIZED_NUMBERS = 2**18
@@ -67,13 +69,18 @@ def int8_linear(
     """`scale * (x W^T)` in the dtype of `x`.
 
     On a CPU few inputs at once go through a kernel that reads the int8 weights themselves, and computes with `x` and
-    the product rounded to bf16. Otherwise weights are converted to the dtype of `x`, some outputs at a time.
+    the product rounded to bf16; on a GPU a kernel does likewise in the dtype of `x`. Otherwise weights are converted to
+    the dtype of `x`, some outputs at a time.
     """
     inputs = x.reshape(-1, x.shape[-1])
     # The kernel reads past the end of rows that are no whole number of vectors (torch 2.13).
     if x.device.type == "cpu" and len(inputs) <= PACKED_ROWS and weight.shape[1] % 16 == 0:
         ones = torch.ones(len(weight), dtype=torch.bfloat16)  # scales are kept from being rounded to bf16
         product = torch._weight_int8pack_mm(inputs.bfloat16(), weight, ones)
+    elif x.is_cuda and len(inputs) <= KERNEL_ROWS and x.dtype in (torch.bfloat16, torch.float32):
+        from flexmemory.engine.int8_kernel import int8_product  # Triton is there where a GPU is
+
+        return int8_product(inputs, weight, scale).view(*x.shape[:-1], len(weight))
     else:
         product = torch.cat([F.linear(inputs, rows.to(x.dtype)) for rows in weight.split(CONVERTED_OUTPUTS)], dim=-1)
     return (product * scale).to(x.dtype).view(*x.shape[:-1], len(weight))

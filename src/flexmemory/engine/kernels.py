@@ -1,4 +1,4 @@
-"""The kernels of a decode step for few sequences, beside their plain forms in `engine/plain.py`.
+"""The kernels of a decode step for few sequences; `engine/narrow.py` launches them.
 
 At such batches a step is bound by the bytes of the weights, so memory must never idle. A program takes whole rows of a
 matrix in one tile, which it asks for before it waits for the kernel before it (programmatic dependent launch), and
@@ -10,25 +10,9 @@ memory layer, five a dense or flex layer.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from flexmemory.engine.plain import RowOf
-
-TILE, TILE_WARPS = 8192, 4
-"""Numbers of the tile of weights that a program takes, and its warps."""
-TOKENS = 32
-"""Cached tokens that an attention program takes at once."""
-ATTENTION_PROGRAMS = 1024
-"""Enough to fill a GPU."""
-MAX_SPLITS = 64
-FEW_HEADS = 64
-"""Heads up to which programs of one warp are the fastest."""
-FETCHED_BYTES = 24 * 2**20
-"""Of the next operation's weights, at most: half of an H200's cache."""
 
 
 @triton.jit
@@ -91,12 +75,13 @@ def _inverse_rms(x, eps, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _query_and_cache(
+def query_and_cache_kernel(
     x_ptr, gain_ptr, eps, weight_ptr, scale_ptr, rotary_ptr, lengths_ptr, query_ptr, keys_ptr, values_ptr,
     rotary_stride, slot_stride, head_stride, next_ptr, next_bytes,
     BATCH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, PAIRS: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A program takes some pairs of one head's outputs: `plain.query_and_cache`."""
     _begin(next_ptr, next_bytes, PDL)
     head = tl.program_id(0)
     near = tl.program_id(1) * PAIRS + tl.arange(0, PAIRS)  # of a head's first half; they turn with those of its second
@@ -133,12 +118,13 @@ def _query_and_cache(
 
 
 @triton.jit
-def _attend(
+def attend_kernel(
     query_ptr, keys_ptr, values_ptr, lengths_ptr, parts_ptr, arrived_ptr, out_ptr, scale, slot_stride, head_stride,
     next_ptr, next_bytes,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, TOKENS: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A program takes a share of one head's cached tokens, and the last puts them together."""
     _begin(next_ptr, next_bytes, PDL)
     head = tl.program_id(0)  # of all sequences: b * H + h
     split = tl.program_id(1)
@@ -203,12 +189,13 @@ def _attend(
 
 
 @triton.jit
-def _add_projection(
+def add_projection_kernel(
     x_ptr, inner_ptr, weight_ptr, scale_ptr, rows_ptr, index_ptr, row_stride, out_ptr,
     next_ptr, next_bytes,
     BATCH: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     HAS_ROW: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A program takes some outputs: `plain.add_projection`."""
     _begin(next_ptr, next_bytes, PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < D
@@ -227,11 +214,12 @@ def _add_projection(
 
 
 @triton.jit
-def _gated(
+def gated_kernel(
     x_ptr, gain_ptr, eps, gate_ptr, gate_scale_ptr, up_ptr, up_scale_ptr, out_ptr, next_ptr, next_bytes,
     BATCH: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A program takes some cells: `plain.gated`."""
     _begin(next_ptr, next_bytes, PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < K
@@ -252,11 +240,12 @@ def _gated(
 
 
 @triton.jit
-def _head(
+def head_kernel(
     x_ptr, gain_ptr, eps, weight_ptr, scale_ptr, logits_ptr, best_ptr, best_id_ptr, next_ptr, next_bytes,
     BATCH: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     GREEDY: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A program takes some tokens, of which it keeps the scores or only the best."""
     _begin(next_ptr, next_bytes, PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < V
@@ -277,9 +266,10 @@ def _head(
 
 
 @triton.jit
-def _best(
+def best_kernel(
     best_ptr, best_id_ptr, out_ptr, next_ptr, next_bytes, COUNT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
+    """The best of what the programs of `head_kernel` kept, for one sequence."""
     _begin(next_ptr, next_bytes, PDL)
     b = tl.program_id(0)
     places = tl.arange(0, BLOCK)
@@ -287,147 +277,3 @@ def _best(
     values = tl.load(best_ptr + b * COUNT + places, mask=places < COUNT, other=float("-inf"))
     _, place = tl.max(values, axis=0, return_indices=True)
     tl.store(out_ptr + b, tl.load(best_id_ptr + b * COUNT + place).to(tl.int64))
-
-
-class Kernels:
-    """The operations of `engine/plain.py` on one GPU."""
-
-    def __init__(self, device: torch.device, *, pdl: bool = True) -> None:
-        """With `pdl` kernels start while the one before runs, and fetch ahead (compute capability 9.0)."""
-        self._launch = {"PDL": pdl, "launch_pdl": pdl}
-        self._arrived = torch.zeros(ATTENTION_PROGRAMS, dtype=torch.int32, device=device)
-        """Programs of each head that have finished; zero between launches."""
-
-    def query_and_cache(
-        self,
-        x: Tensor,
-        norm: nn.RMSNorm,
-        qkv: nn.Linear,
-        *,
-        rotary: Tensor,
-        lengths: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        upcoming: Tensor | None = None,
-    ) -> Tensor:
-        """As `plain.query_and_cache`."""
-        batch, width = x.shape
-        kv_heads, head_size = keys.shape[1], keys.shape[3]
-        weight, scale, int8 = _matrix(qkv)
-        heads = len(weight) // head_size - 2 * kv_heads
-        query = x.new_empty(batch, heads, head_size)
-        block, rows = _shape(width)
-        pairs = 1
-        while pairs * 4 <= rows and (head_size // 2) % (2 * pairs) == 0:
-            pairs *= 2
-        _query_and_cache[heads + 2 * kv_heads, head_size // 2 // pairs](
-            x, norm.weight, norm.eps, weight, scale, rotary, lengths, query, keys, values,
-            rotary.stride(0), keys.stride(0), keys.stride(1), *_fetched(upcoming, x),
-            BATCH=batch, D=width, BLOCK=block, E=head_size, PAIRS=pairs, H=heads, G=kv_heads, INT8=int8,
-            num_warps=TILE_WARPS, **self._launch,
-        )  # fmt: skip
-        return query
-
-    def attend(
-        self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor, upcoming: Tensor | None = None
-    ) -> Tensor:
-        """As `plain.attend`."""
-        batch, heads, head_size = query.shape
-        kv_heads, capacity = keys.shape[1:3]
-        splits = triton.next_power_of_2(triton.cdiv(ATTENTION_PROGRAMS, batch * heads))
-        splits = min(splits, MAX_SPLITS, triton.next_power_of_2(triton.cdiv(capacity, TOKENS)))
-        block = triton.next_power_of_2(head_size)
-        out = query.new_empty(batch, heads * head_size)
-        parts = torch.empty(batch * heads * splits * (block + 2), dtype=torch.float32, device=query.device)
-        _attend[batch * heads, splits](
-            query, keys, values, lengths, parts, self._arrived, out, head_size**-0.5, keys.stride(0), keys.stride(1),
-            *_fetched(upcoming, query),
-            H=heads, G=kv_heads, E=head_size, BLOCK_E=block, TOKENS=TOKENS, SPLITS=splits,
-            num_warps=1 if batch * heads <= FEW_HEADS else 2, **self._launch,
-        )  # fmt: skip
-        return out
-
-    def add_projection(
-        self,
-        x: Tensor,
-        inner: Tensor,
-        projection: nn.Linear,
-        *,
-        row: RowOf | None,
-        upcoming: Tensor | None = None,
-    ) -> Tensor:
-        """As `plain.add_projection`."""
-        batch, width = x.shape
-        weight, scale, int8 = _matrix(projection)
-        block, rows = _shape(inner.shape[1])
-        out = torch.empty_like(x)
-        rows_of, index = (x, x) if row is None else row
-        _add_projection[(triton.cdiv(width, rows),)](
-            x, inner, weight, scale, rows_of, index, rows_of.stride(0), out, *_fetched(upcoming, x),
-            BATCH=batch, D=width, K=inner.shape[1], BLOCK=block, ROWS=rows, HAS_ROW=row is not None, INT8=int8,
-            num_warps=TILE_WARPS, **self._launch,
-        )  # fmt: skip
-        return out
-
-    def gated(
-        self, x: Tensor, norm: nn.RMSNorm, gate: nn.Linear, up: nn.Linear, *, upcoming: Tensor | None = None
-    ) -> Tensor:
-        """As `plain.gated`."""
-        batch, width = x.shape
-        (gate_weight, gate_scale, int8), (up_weight, up_scale, _) = _matrix(gate), _matrix(up)
-        cells = len(gate_weight)
-        block, rows = _shape(width, tiles=2)
-        out = x.new_empty(batch, cells)
-        _gated[(triton.cdiv(cells, rows),)](
-            x, norm.weight, norm.eps, gate_weight, gate_scale, up_weight, up_scale, out, *_fetched(upcoming, x),
-            BATCH=batch, D=width, K=cells, BLOCK=block, ROWS=rows, INT8=int8, num_warps=TILE_WARPS, **self._launch,
-        )  # fmt: skip
-        return out
-
-    def logits(self, x: Tensor, norm: nn.RMSNorm, head: nn.Linear) -> Tensor:
-        """As `plain.logits`."""
-        out = torch.empty(len(x), len(head.weight), dtype=torch.float32, device=x.device)
-        self._head(x, norm, head, logits=out)
-        return out
-
-    def most_likely(self, x: Tensor, norm: nn.RMSNorm, head: nn.Linear) -> Tensor:
-        """As `plain.most_likely`, without logits in memory."""
-        best, best_id = self._head(x, norm, head, logits=None)
-        out = torch.empty(len(x), dtype=torch.int64, device=x.device)
-        count = best.shape[1]
-        _best[(len(x),)](
-            best, best_id, out, x, 0, COUNT=count, BLOCK=triton.next_power_of_2(count), num_warps=8, **self._launch
-        )  # fmt: skip
-        return out
-
-    def _head(self, x: Tensor, norm: nn.RMSNorm, head: nn.Linear, *, logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        weight, scale, int8 = _matrix(head)
-        vocab_size, width = weight.shape
-        block, rows = _shape(width)
-        programs = triton.cdiv(vocab_size, rows)
-        best = torch.empty(len(x), programs, dtype=torch.float32, device=x.device)
-        best_id = torch.empty(len(x), programs, dtype=torch.int32, device=x.device)
-        _head[(programs,)](
-            x, norm.weight, norm.eps, weight, scale, best if logits is None else logits, best, best_id, x, 0,
-            BATCH=len(x), D=width, V=vocab_size, BLOCK=block, ROWS=rows, GREEDY=logits is None, INT8=int8,
-            num_warps=TILE_WARPS, **self._launch,
-        )  # fmt: skip
-        return best, best_id
-
-
-def _matrix(linear: nn.Module) -> tuple[Tensor, Tensor, bool]:
-    """The matrix of a linear layer, its scales by row, and whether it has any."""
-    scale = linear.scale if hasattr(linear, "scale") else None
-    weight = linear.weight
-    return weight, weight if scale is None else scale, scale is not None
-
-
-def _fetched(upcoming: Tensor | None, any_tensor: Tensor) -> tuple[Tensor, int]:
-    """A tensor and how many of its bytes to fetch."""
-    return (any_tensor, 0) if upcoming is None else (upcoming, min(upcoming.nbytes, FETCHED_BYTES) // 128 * 128)
-
-
-def _shape(width: int, *, tiles: int = 1) -> tuple[int, int]:
-    """Numbers of a padded row, and rows of a program that takes `tiles` tiles."""
-    block = triton.next_power_of_2(width)
-    return block, max(1, TILE // (block * tiles))

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flexmemory.engine.kernels import Kernels
+from flexmemory.engine.narrow import NarrowKernels
 from flexmemory.engine.plain import RowOf
 
 
@@ -86,7 +86,7 @@ class WideKernels:
 
     def __init__(self, device: torch.device) -> None:
         """Allocate what attention needs."""
-        self._attention = Kernels(device, pdl=False)
+        self._attention = NarrowKernels(device, pdl=False)
 
     def query_and_cache(
         self,

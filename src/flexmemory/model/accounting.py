@@ -86,8 +86,12 @@ def train_flops_per_token(config: ModelConfig, *, unique_share: float, seq_len: 
     d = config.hidden_size
     ffn_m = 3 * d * config.intermediate_size * config.num_layers if config.has_memory else 0
     weights = counts.attention + counts.ffn + unique_share * ffn_m + config.vocab_size * d
-    scores = 2 * d * (seq_len or config.max_seq_len) * config.num_layers
-    return 3 * (2 * weights + scores)
+    return 6 * weights + attention_flops_per_token(config, seq_len=seq_len or config.max_seq_len)
+
+
+def attention_flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
+    """The part of `train_flops_per_token` that multiplies no weights: scores and what they sum, causal."""
+    return 6 * config.hidden_size * seq_len * config.num_layers
 
 
 def row_numbers(config: ModelConfig) -> int:

@@ -52,7 +52,7 @@ def head_loss(
         targets: The next token of each position.
         z_loss: Weight of the squared log-partition.
         share: A factor, here because gradients are rounded to the dtype of `hidden` after it and not before.
-        logits_loss: `logits_loss_and_gradient`, or the compiled form of it.
+        logits_loss: `logits_loss_and_gradient`, or a faster form of it, which may write over the logits.
         logits_bytes: Size of a chunk's logits, at most.
     """
     chunk = max(1, logits_bytes // (weight.shape[0] * weight.element_size()))

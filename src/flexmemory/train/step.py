@@ -144,7 +144,12 @@ def _compile(module: TrainingModel) -> None:
         block.forward = compiled(block.forward)
         if isinstance(block, MemoryBlock) and block.memory is not None:
             block.memory.forward = compiled(block.memory.forward, dynamic=True)  # unique ids vary in number
-    module.logits_loss = compiled(logits_loss_and_gradient)
+    if module.world.device.type == "cuda":
+        from flexmemory.train.kernels import logits_loss_in_place  # Triton is there where a GPU is
+
+        module.logits_loss = logits_loss_in_place
+    else:
+        module.logits_loss = compiled(logits_loss_and_gradient)
 
 
 def _recompute_memories(module: TrainingModel) -> None:

@@ -1,0 +1,166 @@
+"""Does a MemoryLLM with four times the cells learn more, and at which learning rates: held-out perplexity, as JSON.
+
+    python benchmarks/larger_k.py --data DATA --out benchmarks/results/larger_k.json [--at-once 8]
+
+Trains `mini-memory` and the same with 4 K on the same tokens of a prepared folder, with one thing changed at a time,
+the most telling runs first and several at once. Results are written after each run; those there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmemory.config import TrainConfig
+from flexmemory.device import resolve_device
+from flexmemory.model.init import new_model
+from flexmemory.presets import get_preset
+from flexmemory.provenance import provenance
+from flexmemory.train.data import Prefetcher, SequentialBatches, ShuffledBatches, TokenDataset
+from flexmemory.train.optimizer import Optimizer
+from flexmemory.train.parallel import World
+from flexmemory.train.schedule import learning_rate
+from flexmemory.train.step import evaluate, take_step, training_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a run changes of `mini-memory` and its recipe."""
+
+    cells: int = 1
+    """K, as a multiple."""
+    lr: float = 1.0
+    """Learning rate of everything, as a multiple of the recipe's."""
+    memory_lr: float = 1.0
+    embedding_lr: float = 1.0
+    optimizer: str = "adamw"
+    init: float = 1.0
+    """Initial weights of FFN-M's down projection, as a multiple: 1/2 gives 4 K rows the size of those of K."""
+    seed: int = 0
+    """Of weights and of the order of data."""
+
+
+SETTINGS = [
+    Setting(cells=cells, **change)
+    for change in (
+        {},
+        {"memory_lr": 0.5},
+        {"memory_lr": 0.25},
+        {"memory_lr": 2.0},
+        {"seed": 1},
+        {"optimizer": "muon"},
+        {"lr": 0.5},
+        {"embedding_lr": 0.5},
+        {"embedding_lr": 2.0},
+        {"init": 0.5},
+        {"memory_lr": 0.5, "seed": 1},
+        {"optimizer": "muon", "seed": 1},
+        {"memory_lr": 0.25, "seed": 1},
+    )
+    for cells in (1, 4)
+]
+
+
+def recipe(setting: Setting, *, total_tokens: int, batch_tokens: int) -> TrainConfig:
+    """The recipe of `mini-memory` over fewer tokens in smaller steps, as `setting` changes it."""
+    base = get_preset("mini-memory").train
+    return dataclasses.replace(
+        base,
+        total_tokens=total_tokens,
+        batch_tokens=batch_tokens,
+        micro_batch_size=batch_tokens // base.seq_len,
+        warmup_steps=min(base.warmup_steps, total_tokens // batch_tokens // 5),
+        lr=base.lr * setting.lr,
+        memory_lr=setting.memory_lr,
+        embedding_lr=setting.embedding_lr,
+        optimizer=setting.optimizer,  # pyright: ignore[reportArgumentType]
+        seed=setting.seed,
+    )
+
+
+def run(setting: Setting, *, data: Path, total_tokens: int, batch_tokens: int, device_name: str) -> dict[str, Any]:
+    """Train once; figures beside the setting."""
+    started = time.perf_counter()
+    device, dataset = resolve_device(device_name), TokenDataset.open(data)
+    config = recipe(setting, total_tokens=total_tokens, batch_tokens=batch_tokens)
+    model_config = get_preset("mini-memory").model
+    model_config = dataclasses.replace(
+        model_config,
+        vocab_size=dataset.vocab_size,
+        intermediate_size=setting.cells * model_config.intermediate_size,
+    )
+    model = new_model(model_config, seed=config.seed, device=device)
+    with torch.no_grad():
+        for memory in model.memories:
+            assert memory.ffn is not None
+            memory.ffn.down.weight.mul_(setting.init)
+    module = training_model(model, config=config, world=World(device=device))
+    optimizer = Optimizer(model, config=config)
+    losses, total = [], config.total_steps
+    with Prefetcher(ShuffledBatches(dataset.train, config=config), numbers=range(total), pin_memory=False) as batches:
+        for step in range(1, total + 1):
+            lr = learning_rate(step, config=config)
+            values = take_step(module, batches=[next(batches)], num_batches=1, optimizer=optimizer, lr=lr)
+            losses.append(values.scalars[1])
+    held_out = SequentialBatches(dataset.validation, config=config, max_tokens=len(dataset.validation))
+    loss = evaluate(module, [held_out[number] for number in range(len(held_out))], num_counted=len(held_out))
+    return {
+        **dataclasses.asdict(setting),
+        "held_out_ppl": math.exp(min(loss, 100.0)),
+        "last_tenth_train_ppl": math.exp(min(torch.stack(losses[-max(1, total // 10) :]).mean().item(), 100.0)),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main() -> None:
+    """Make what is not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--total-tokens", type=int, default=25_165_824)
+    parser.add_argument("--batch-tokens", type=int, default=65_536)
+    parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    common: dict[str, Any] = {
+        "data": options.data,
+        "total_tokens": options.total_tokens,
+        "batch_tokens": options.batch_tokens,
+        "device_name": options.device,
+    }
+    results: dict[str, Any] = {
+        "provenance": provenance(),
+        "total_tokens": options.total_tokens,
+        "batch_tokens": options.batch_tokens,
+        "lr": get_preset("mini-memory").train.lr,
+        "data": TokenDataset.open(options.data).fingerprint,
+        "entries": [],
+    }
+    if options.out.exists():
+        results["entries"] = json.loads(options.out.read_text())["entries"]
+    names = [field.name for field in dataclasses.fields(Setting)]
+    done = [Setting(**{name: entry[name] for name in names}) for entry in results["entries"]]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.at_once, mp_context=context) as pool:
+        runs = [pool.submit(run, setting, **common) for setting in SETTINGS if setting not in done]
+        for finished in as_completed(runs):
+            figures = finished.result()
+            results["entries"].append(figures)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            said = (
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
+            )
+            print(", ".join(said), flush=True)
+
+
+if __name__ == "__main__":
+    main()
