@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flexmemory.engine.int8 import CONVERTED_OUTPUTS, PACKED_ROWS, Int8Linear, int8_linear_reference, quantize
+from flexmemory.engine.int8 import (
+    CONVERTED_OUTPUTS,
+    PACKED_ROWS,
+    QUANTIZED_NUMBERS,
+    Int8Linear,
+    int8_linear_reference,
+    quantize,
+)
 from tests.conftest import VARIED, random_model
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -18,7 +25,7 @@ def int8_layer(outputs: int, inputs: int, *, device="cpu") -> tuple[torch.Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_weight_is_rounded_to_the_nearest_step(dtype):
-    weight, layer = int8_layer(CONVERTED_OUTPUTS + 3, 16)
+    weight, layer = int8_layer(QUANTIZED_NUMBERS // 40 + 3, 40)
     weight = weight.to(dtype)
     weight[5] = 0
     layer = Int8Linear.of(weight)

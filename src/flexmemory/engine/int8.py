@@ -23,6 +23,8 @@ KERNEL_ROWS = 256
 """Inputs at once up to which weights are read as int8 on a GPU; beyond, the product outweighs them."""
 CONVERTED_OUTPUTS = 8192
 """Outputs whose weights exist in floating point at once."""
+QUANTIZED_NUMBERS = 2**18
+"""Weights made int8 at once: larger temporaries, freed, leave holes in the heap as large as the int8 weights."""
 
 
 class Int8Linear(nn.Module):
@@ -52,7 +54,7 @@ def quantize_rows(weight: Float[Tensor, "N K"]) -> tuple[Int8[Tensor, "N K"], Fl
     """Integers and scales with `scale * integers` nearest to `weight`, the largest of each row at +-127."""
     integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    parts = (tensor.split(CONVERTED_OUTPUTS) for tensor in (weight, integers, scale))
+    parts = (tensor.split(max(1, QUANTIZED_NUMBERS // weight.shape[1])) for tensor in (weight, integers, scale))
     for rows, out, row_scale in zip(*parts, strict=True):
         exact = rows.float()
         largest = exact.abs().amax(dim=1)
