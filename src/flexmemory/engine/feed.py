@@ -20,7 +20,7 @@ from torch import Tensor
 from flexmemory.engine.plain import RowOf
 from flexmemory.engine.slots import Slots
 from flexmemory.tol.disk import DiskRows
-from flexmemory.tol.hot import HotRows
+from flexmemory.tol.hot import HotRows, HotSet
 from flexmemory.tol.tiers import DeviceRows, HostRows, RowTier
 
 WORDS = 1024
@@ -90,6 +90,10 @@ class RowFeed:
     def bind_steps(self, steps: Tensor) -> None:
         """`steps` (S,) counts each slot's steps on the device."""
         self._steps = steps
+
+    def use(self, hot: HotSet) -> None:
+        """Take another hot set; steps captured so far must not run again."""
+        self._hot = hot
 
     @property
     def from_host(self) -> bool:
