@@ -37,6 +37,13 @@ def test_probes_change_the_score(ppl):
     assert figure(ppl("--drop-layers", "0"), "perplexity") != whole
 
 
+def test_int8_changes_the_score_a_little(ppl):
+    whole = figure(ppl(), "nats per token")
+    head, every = (figure(ppl("--int8", part), "nats per token") for part in ("head", "all"))
+    assert len({whole, head, every}) == 3
+    assert (head, every) == pytest.approx((whole, whole), abs=0.02)
+
+
 def test_text_has_words_and_bytes(ppl, walkthrough):
     text = (walkthrough / "README.md").read_text(encoding="utf-8")
     output = ppl(data="README.md")
