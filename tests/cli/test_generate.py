@@ -69,7 +69,7 @@ def test_a_budget_prints_its_plan(generate, exact_store, refused, walkthrough, c
     assert re.search(r"^total +device +[\d.]+ KB  of 20.00 MB$", caplog.text, flags=re.MULTILINE)
     command = ("generate", walkthrough / "runs/flex3", "--tol", exact_store)
     too_small = refused(*command, "--memory-budget", "10KiB")
-    assert re.search(r"the memory budget of 10\.24 KB is too small: weights .* make [\d.]+ MB; raise it", too_small)
+    assert re.search(r"the memory budget of 10\.24 KB is too small: weights .* make [\d.]+ KB; raise it", too_small)
     assert "'2 gigs' is no size; expected" in refused(*command, "--memory-budget", "2 gigs")
     assert "on a CPU there is one memory" in refused(*command, "--host-budget", "1GB")
 
