@@ -119,7 +119,8 @@ class RowFeed:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def _arrive(self) -> None:
+    def arrive(self) -> None:
+        """Wait, on the current stream, for what `stage` began; once is enough."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
             self._event = None
@@ -130,7 +131,7 @@ class RowFeed:
             return None
         if self._table is not None:
             return self._table[:, 0].index_select(0, self._slots.token_ids[:num_slots])
-        self._arrive()
+        self.arrive()
         return self._staged[:num_slots, 0].contiguous()
 
     def row(self, layer: int) -> RowOf | None:
@@ -140,7 +141,7 @@ class RowFeed:
             return None
         if self._table is not None:
             return RowOf(self._table[:, place], self._slots.token_ids)
-        self._arrive()
+        self.arrive()
         return RowOf(self._staged[:, place], self._own)
 
     def deliver(self, slot: int, token: int, *, step: int) -> OSError | None:

@@ -229,7 +229,11 @@ class GraphDecoder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._step(num_slots, how, state)
+            try:
+                self._step(num_slots, how, state)
+            finally:  # a capture ends with all its streams joined, also one that ran out of memory
+                if self._feed is not None:
+                    self._feed.arrive()
         self._graphs[num_slots, how] = graph
         return graph
 
