@@ -57,14 +57,15 @@ def expected_of(model, count):
 
 @pytest.fixture
 def failing_prompts(monkeypatch):
-    """`failing_prompts(n)`: the next n chunks run out of memory once they have written keys and values."""
+    """`failing_prompts(n)`: the next n chunks run out of memory, with keys and values half written."""
     left = [0]
     logits = Prefill._logits
 
-    def failing(self, *args, **kwargs):
-        result = logits(self, *args, **kwargs)
+    def failing(self, token_ids, rows, slot, *, start):
+        result = logits(self, token_ids, rows, slot, start=start)
         if left[0]:
             left[0] -= 1
+            self._slots.states[:, :, slot, :, start:] = torch.nan
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
