@@ -37,6 +37,16 @@ def test_probes_change_the_score(ppl):
     assert figure(ppl("--drop-layers", "0"), "perplexity") != whole
 
 
+def test_int8_scores_almost_the_same_with_fewer_bytes(ppl, caplog):
+    caplog.set_level("INFO")
+    whole, head, every = (
+        figure(ppl(*options), "nats per token") for options in ((), ("--int8", "head"), ("--int8", "all"))
+    )
+    assert (head, every) == pytest.approx((whole, whole), abs=0.02)
+    exact, _, smallest = (float(size) for size in re.findall(r"([\d.]+) MB of weights", caplog.text))
+    assert smallest < exact
+
+
 def test_text_has_words_and_bytes(ppl, walkthrough):
     text = (walkthrough / "README.md").read_text(encoding="utf-8")
     output = ppl(data="README.md")

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from flexmemory.model.checkpoint import Checkpoint
 from tests.cli.conftest import run
 
 
@@ -48,3 +49,25 @@ def test_unknown_targets(target, message, refused):
 
 def test_a_folder_that_is_no_checkpoint(tmp_path, refused):
     assert "no checkpoint in" in refused("info", tmp_path)
+
+
+def test_a_budget_is_planned_without_loading(walkthrough, exact_store, monkeypatch, refused):
+    monkeypatch.setattr(Checkpoint, "load", None)
+    plan = run("info", "1b-memory", "--memory-budget", "8GB", "--host-budget", "16GiB", "--int8", "all").splitlines()
+    assert [line.split("  ")[0] for line in plan] == [
+        "weights", "embedding", "KV cache", "workspace", "total", "total",
+    ]  # fmt: skip
+    assert plan[-2].endswith("of 8.00 GB")
+    assert plan[-1].endswith("of 17.18 GB")
+    folder = walkthrough / "runs/flex3"
+    on_cpu = run("info", folder, "--memory-budget", "1GB", "--tol", exact_store)
+    assert re.search(r"^rows +disk ", on_cpu, flags=re.MULTILINE)
+    assert re.search(r"^rows +device ", run(
+        "info", folder, "--memory-budget", "1GB", "--host-budget", "1GB", "--tol", exact_store
+    ), flags=re.MULTILINE)  # fmt: skip
+    short, long = (run("info", "1b-memory", "--memory-budget", "9GB", "--context", n) for n in ("100", "200"))
+    assert re.search(r"KV cache +device +19\.66 MB", short)  # 2 * 2 * 24 * 2048 * 100
+    assert re.search(r"KV cache +device +39\.32 MB", long)
+    assert "too small" in refused("info", "1b-memory", "--memory-budget", "1GB")
+    assert "give --memory-budget too" in refused("info", "1b-memory", "--int8", "all")
+    assert "is of one checkpoint" in refused("info", "1b-memory", "--memory-budget", "9GB", "--tol", exact_store)

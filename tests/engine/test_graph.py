@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from flexmemory.engine import engine as engine_module
 from flexmemory.engine.engine import Engine
 from flexmemory.engine.reference import generate
 from flexmemory.engine.sampling import Sampling
@@ -30,12 +31,12 @@ def tier_of(checkpoint, folder, kind, *, embedding=False):
     return HotRows(tier, HotSet.load(tier, torch.arange(0, 512, 3), device="cuda")) if hot else tier
 
 
-def engine_of(model, tier, *, forced=None, **sizes):
+def engine_of(model, tier, *, forced=None, learn=0, **sizes):
     from flexmemory.engine.graph import GraphDecoder
 
     def decoder(slots):
         slots.states.fill_(torch.nan)
-        return GraphDecoder(model, slots, tier=tier, forced=forced)
+        return GraphDecoder(model, slots, tier=tier, forced=forced, learn=learn)
 
     return Engine(model, row_source=source_of(tier), decoder=decoder, **sizes)
 
@@ -164,3 +165,82 @@ def test_sampling_in_a_batch_is_that_of_each_alone(saved, tmp_path):
         engine.step()
     assert [r.tokens for r in requests[:3]] == [r.tokens for r in requests[3:]]
     assert [r.tokens for r in requests] == [expected_of(model, tier, r) for r in requests]
+
+
+def fails_at(monkeypatch, owner, name, call):
+    """The function runs out of memory at the end of that call of it, the first being 1."""
+    function, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def failing(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(("place", "call"), [("_learn_fresh", 15), ("_choose", 4)])  # before a step, and in its capture
+@pytest.mark.parametrize("kind", ["hot host", "hot disk"])
+def test_out_of_memory_halves_the_hot_set_and_changes_no_token(saved, tmp_path, monkeypatch, caplog, kind, place, call):
+    from flexmemory.engine import prompt
+    from flexmemory.engine.graph import GraphDecoder
+
+    checkpoint = saved("nano-flex3")
+    model = checkpoint.load(device="cuda", memory=False)
+    tier = tier_of(checkpoint, tmp_path, kind)
+    assert isinstance(tier, HotRows)
+    ids = tier.hot.ids
+    engine = engine_of(model, tier, max_sequences=3, prefill_chunk=4)
+    fails_at(monkeypatch, prompt.Prompts, "logits", 7)  # while others run
+    fails_at(monkeypatch, GraphDecoder, place, call)
+    prompts = [[7 * i % 512 for i in range(length)] for length in (5, 11, 2, 17)]
+    requests = [engine.submit(ids, max_new_tokens=30) for ids in prompts]
+    while engine.busy:
+        engine.step()
+    monkeypatch.undo()
+    assert torch.equal(tier.hot.ids, ids[: len(ids) // 4])
+    assert f"of {len(ids)} hot rows {len(ids) // 2} are kept" in caplog.text
+    assert [request.tokens for request in requests] == [expected_of(model, tier, request) for request in requests]
+    assert engine.generate(prompts, max_new_tokens=30) == [request.tokens for request in requests]
+
+
+def test_without_hot_rows_there_is_nothing_to_give_up(saved, tmp_path, monkeypatch):
+    from flexmemory.engine import prompt
+
+    checkpoint = saved("nano-memory")
+    model = checkpoint.load(device="cuda", memory=False)
+    engine = engine_of(model, tier_of(checkpoint, tmp_path, "disk"))
+    expected = engine.generate([[1, 2]], max_new_tokens=9)
+    fails_at(monkeypatch, prompt.Prompts, "logits", 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate([[1, 2]], max_new_tokens=9)
+    while engine.busy:
+        engine.step()
+    assert engine.generate([[1, 2]], max_new_tokens=9) == expected
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_hot_rows_are_learnt_from_what_is_generated(saved, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(engine_module, "LEARN_TOKENS", 10)
+    checkpoint = saved("nano-flex3")
+    model = checkpoint.load(device="cuda", memory=False)
+    below = tier_of(checkpoint, tmp_path, place)
+    assert below is not None
+    tier = HotRows(below, HotSet.load(below, torch.empty(0, dtype=torch.int64), device="cuda"))
+    engine = engine_of(model, tier, learn=5, max_sequences=3)
+    requests = [engine.submit([i, i, i], max_new_tokens=40) for i in range(3)]
+    while engine.busy:
+        engine.step()
+    assert len(tier.hot) == 5
+    assert tier.traffic.counts[tier.hot.ids].min() > 0
+    assert tier.traffic.counts.sum() >= sum(len(request.tokens) - 1 for request in requests)
+    tokens = [request.tokens for request in requests]
+    assert tokens == [expected_of(model, tier, request) for request in requests]
+
+
+def test_learning_needs_a_hot_set(saved, tmp_path):
+    checkpoint = saved("nano-memory")
+    model = checkpoint.load(device="cuda", memory=False)
+    with pytest.raises(ValueError, match="no hot set to learn 5 rows for"):
+        engine_of(model, tier_of(checkpoint, tmp_path, "disk"), learn=5)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flexmemory.engine import engine as engine_module
 from flexmemory.engine.loading import load_model
 from flexmemory.engine.reference import generate
 from flexmemory.model.accounting import count_parameters
@@ -108,7 +109,7 @@ def test_int8_is_loaded_and_its_bytes_counted(checkpoint, tokens, part, device):
 
 @pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_budget_decides_where_rows_are(checkpoint, tmp_path, tokens, device, counted):
+def test_a_budget_decides_where_rows_are(checkpoint, tmp_path, tokens, monkeypatch, device, counted):
     counts = torch.arange(checkpoint.config.vocab_size) if counted else None
     store = build_store(checkpoint, tmp_path / "tol", codec="fp32", counts=counts)
     roomy = load_model(checkpoint, tol=store.path, device=device, memory_budget=10**9)
@@ -120,6 +121,10 @@ def test_a_budget_decides_where_rows_are(checkpoint, tmp_path, tokens, device, c
     if isinstance(tight.tier, HotRows):
         assert tight.placement is not None
         assert len(tight.tier.hot) == (tight.placement.hot_rows if counted else 0)
+        known = tight.tier.hot.ids
+        monkeypatch.setattr(engine_module, "LEARN_TOKENS", 10)
+        assert len(tight.engine(max_length=32).generate([[1, 2, 3]], max_new_tokens=20)[0]) == 20
+        assert torch.equal(tight.tier.hot.ids, known) == counted  # learnt where it was not known
     ids = tokens(2, 20).to(device)
     expected = load_model(checkpoint, device=device).model
     for loaded in (roomy, tight):

@@ -1,13 +1,12 @@
 """Plans fit their budget to the byte, put rows as near as they fit, and say what would make a refused one fit."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
 
 from flexmemory.engine.int8 import quantize
-from flexmemory.engine.placement import Budget, StoreFacts, format_size, parse_size, place, shrink, weight_bytes
+from flexmemory.engine.placement import Budget, StoreFacts, format_size, parse_size, place, weight_bytes
 from flexmemory.model.accounting import count_parameters, kv_cache_bytes
 from flexmemory.presets import get_preset
 from tests.conftest import VARIED, random_model
@@ -110,19 +109,6 @@ def test_on_a_cpu_there_is_one_memory_and_rows_stay_on_disk():
     assert planned(host=None, rows="host").used("device") == planned(host=None, rows="device").used("device")
     with pytest.raises(ValueError, match="no room for rows"):
         planned(device=5 * GB, host=None, rows="host")
-
-
-def test_out_of_memory_halves_the_hot_rows_until_there_are_none():
-    plan = planned(device=3 * GB, rows="disk")
-    halvings = math.floor(math.log2(plan.hot_rows)) + 1
-    for _ in range(halvings):
-        smaller = shrink(plan)
-        assert smaller.hot_rows == plan.hot_rows // 2
-        assert smaller.used("device") < plan.used("device")
-        plan = smaller
-    assert "hot rows" not in {item.name for item in plan.items}
-    with pytest.raises(ValueError, match="no hot rows to give up"):
-        shrink(plan)
 
 
 def test_the_table_names_every_part_and_the_totals():

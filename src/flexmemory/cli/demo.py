@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import tyro
 
-from flexmemory.engine.engine import Engine
 from flexmemory.engine.loading import LoadedModel, load_model
 from flexmemory.engine.sampling import Sampling
 from flexmemory.evaluate.perplexity import perplexity
@@ -150,7 +149,7 @@ def built(path: Path, checkpoint: Checkpoint, *, codec: str) -> ToLStore:
 
 def decode_ms(decoders: dict[tuple[str, str], LoadedModel]) -> dict[tuple[str, str], float]:
     """Median milliseconds to decode one token at batch 1; all take turns, so that a busy machine slows all alike."""
-    engines = {key: Engine(loaded.model, row_source=loaded.row_source) for key, loaded in decoders.items()}
+    engines = {key: loaded.engine() for key, loaded in decoders.items()}
     requests = {key: engine.submit([0], max_new_tokens=DECODE_TOKENS) for key, engine in engines.items()}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in decoders}
     while any(request.finish_reason is None for request in requests.values()):
@@ -187,7 +186,7 @@ def print_generation(checkpoint: Checkpoint, store: Path) -> None:
     loaded = load_model(checkpoint, tol=store, rows="disk")
     tokenizer = checkpoint.tokenizer()
     print(f"\n{store.name}: {loaded.describe()}:\n")
-    engine = Engine(loaded.model, row_source=loaded.row_source)
+    engine = loaded.engine()
     request = engine.submit(
         [tokenizer.boundary_id, *tokenizer.encode(PROMPT)],
         sampling=Sampling(temperature=0.7, top_p=0.9),

@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 
 from flexmemory.device import resolve_device
+from flexmemory.engine.int8 import Int8Part
 from flexmemory.engine.loading import DTYPES, RowPlace, load_model
 from flexmemory.evaluate.perplexity import Perplexity, perplexity
 from flexmemory.evaluate.probes import layer_alphas, scaled_ffn
@@ -39,6 +40,7 @@ def ppl(
     max_tokens: int | None = None,
     tol: Path | None = None,
     rows: RowPlace | None = None,
+    int8: Int8Part | None = None,
     alpha: float = 1.0,
     drop_layers: tuple[int, ...] = (),
     seq_len: int | None = None,
@@ -56,6 +58,7 @@ def ppl(
         max_tokens: Evaluate only the first tokens.
         tol: A ToL store built from the checkpoint: rows are looked up, and FFN-M weights are never loaded.
         rows: Where rows come from; by default disk with --tol and compute without.
+        int8: Weights to make int8: of the output head, or of all projections.
         alpha: Factor of what every FFN adds (FFN-M in memory and flex models).
         drop_layers: Layers whose FFN adds nothing.
         seq_len: Tokens per window; by default the model's longest sequence.
@@ -68,7 +71,7 @@ def ppl(
     text = read_text(data, opened, split=split, text_field=text_field)
     if max_tokens is not None and max_tokens < len(text.stream):
         text = Text(text.stream[:max_tokens], None, None)
-    loaded = load_model(opened, tol=tol, rows=rows, device=resolve_device(device), dtype=DTYPES.get(dtype))
+    loaded = load_model(opened, tol=tol, rows=rows, device=resolve_device(device), dtype=DTYPES.get(dtype), int8=int8)
     logger.info("%s", loaded.describe())
     with scaled_ffn(loaded.model, alphas, loaded.row_source) as row_source:
         result = perplexity(

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from flexmemory.config import ModelConfig
+from flexmemory.engine.int8 import Int8Part
+from flexmemory.engine.loading import store_facts
+from flexmemory.engine.placement import Budget, parse_size, place
 from flexmemory.model.accounting import (
     count_parameters,
     decode_bytes_per_token,
@@ -18,21 +22,52 @@ from flexmemory.model.accounting import (
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.presets import PRESETS, get_preset
 from flexmemory.tol.codec import CODECS
+from flexmemory.tol.store import ToLStore
 
 UNIQUE_SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)
 
 
-def info(target: Annotated[str, tyro.conf.Positional], /, *, context: int | None = None) -> None:
+def info(
+    target: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    context: int | None = None,
+    memory_budget: str | None = None,
+    host_budget: str | None = None,
+    tol: Path | None = None,
+    int8: Int8Part | None = None,
+) -> None:
     """Print parameters, ToL bytes per codec, FLOPs per trained token and bytes per decoded token.
+
+    With a memory budget, print instead what would live where, in bf16 and for one sequence; nothing is loaded.
 
     Args:
         target: A preset's name, or a checkpoint or run folder.
-        context: Tokens of context for the decode figures; by default half of the model's longest.
+        context: Tokens of context for the decode figures, by default half of the model's longest; with a memory budget,
+            the length to have room for, by default the longest.
+        memory_budget: Memory of the device, such as 2GiB.
+        host_budget: Host memory beside a GPU; without it, the model is to run on a CPU.
+        tol: A ToL store that rows would come from.
+        int8: Weights that would be int8: of the output head, or of all projections.
     """
-    config = (
-        get_preset(target).model if target in PRESETS or not Path(target).exists() else Checkpoint.open(target).config
+    checkpoint = None if target in PRESETS or not Path(target).exists() else Checkpoint.open(target)
+    config = get_preset(target).model if checkpoint is None else checkpoint.config
+    if memory_budget is None:
+        if (host_budget, tol, int8) != (None, None, None):
+            raise ValueError("--host-budget, --tol and --int8 are of a placement: give --memory-budget too")
+        print(describe(config, name=target, context=context or config.max_seq_len // 2))
+        return
+    if tol is not None and checkpoint is None:
+        raise ValueError(f"a ToL store is of one checkpoint: give that instead of the preset {target!r}")
+    placement = place(
+        config,
+        budget=Budget(device=parse_size(memory_budget), host=None if host_budget is None else parse_size(host_budget)),
+        dtype=torch.bfloat16,
+        store=None if tol is None else store_facts(ToLStore.open(tol, checkpoint=checkpoint)),
+        int8=int8,
+        length=context,
     )
-    print(describe(config, name=target, context=context or config.max_seq_len // 2))
+    print(placement.table())
 
 
 def describe(config: ModelConfig, *, name: str, context: int) -> str:

@@ -37,7 +37,19 @@ class Decoder(Protocol):
         ...
 
     def launch(self, num_slots: int) -> Ticket:
-        """Begin a decode step over the slots [0, num_slots), at least one of them active, as `Slots` defines it."""
+        """Begin a decode step over the slots [0, num_slots), at least one of them active, as `Slots` defines it.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for it; nothing was begun, and it can be launched again.
+        """
+        ...
+
+    def shrink(self) -> bool:
+        """Give up memory of the device, as it is out of it; no rows are being fetched. False: there is nothing left."""
+        ...
+
+    def relearn(self) -> None:
+        """Look whether other rows are frequent than those kept at hand; no rows are being fetched."""
         ...
 
 
@@ -90,6 +102,13 @@ class EagerDecoder:
         inputs = _borrowed(token_ids, active)[:, None]
         hidden = self._model.hidden_states(inputs, rows, cache, lengths[:, None])[:, -1]  # (n, D)
         return CopiedTokens(slots.advance(self._model.head(hidden), slots.how), errors)
+
+    def shrink(self) -> bool:
+        """As `Decoder.shrink`: it keeps nothing that could be given up."""
+        return False
+
+    def relearn(self) -> None:
+        """As `Decoder.relearn`: it keeps no rows."""
 
     def _rows(self, token_ids: Int[Tensor, " n"], active: Bool[Tensor, " n"]) -> Rows | None:
         return None if self._row_source is None else self._row_source(_borrowed(token_ids, active)[:, None])

@@ -9,9 +9,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from flexmemory.engine.decoder import CopiedTokens, Decoder, EagerDecoder, Ticket
 from flexmemory.engine.prefill import Chunk, Prefill
@@ -22,6 +24,9 @@ from flexmemory.model.transformer import Transformer, check_token_ids
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """A stop id came; `max_new_tokens` or the longest sequence was reached; `cancel`; its rows could not be read."""
+LEARN_TOKENS = 4096
+"""Tokens after which the decoder is to look for the first time which rows are frequent; then whenever they doubled."""
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(eq=False, kw_only=True, slots=True)
@@ -99,6 +104,7 @@ class Engine:
         """Requests to decode, by slot."""
         self._free = set(range(max_sequences))
         self._in_flight: collections.deque[tuple[Ticket, dict[int, Request]]] = collections.deque()
+        self._tokens, self._learn_at = 0, LEARN_TOKENS
 
     def submit(
         self,
@@ -189,7 +195,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One unit of work: a chunk of a prompt, and one token for every running request."""
+        """One unit of work: a chunk of a prompt, and one token for every running request.
+
+        Raises:
+            torch.OutOfMemoryError: the device is out of memory, and the decoder has none left to give up.
+        """
         while self._queue and self._free:
             self._admit(self._queue.popleft())
         worked = bool(self._filling or self._running)
@@ -198,6 +208,21 @@ class Engine:
         if self._running:
             self._decode()
         self._collect(self._decoder.ahead if worked else 0)
+        if self._tokens >= self._learn_at:
+            self._learn_at = 2 * self._tokens
+            self._prefill.settle()
+            self._decoder.relearn()
+
+    def _in_memory(self, work: Callable[[], _Result]) -> _Result:
+        """The result of `work`; out of memory, the decoder gives some up, and it is begun again."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            self._prefill.settle()  # out here, as the error kept what `work` had allocated
+            if not self._decoder.shrink():
+                raise torch.OutOfMemoryError(reason)
 
     def _admit(self, request: Request) -> None:
         request.slot = min(self._free)
@@ -211,23 +236,34 @@ class Engine:
         chunk, later = request.chunks.popleft(), self._filling[1] if len(self._filling) > 1 else None
         following = request.chunks or (later.chunks if later else None)
         try:
-            logits = self._prefill.compute(chunk, request.slot, then=following[0] if following else None)
+            token = self._in_memory(partial(self._compute, chunk, request, then=following[0] if following else None))
         except OSError as error:
             self._end(request, "error", error)
             return
-        if request.chunks:
+        except torch.OutOfMemoryError:
+            request.chunks.appendleft(chunk)
+            raise
+        self._tokens += chunk.token_ids.shape[1]
+        if token is None:
             return
         self._filling.popleft()
         self._running[request.slot] = request
-        token = self.slots.start(request.slot, logits)
         self._launched(CopiedTokens(token), {0: request})
+
+    def _compute(self, chunk: Chunk, request: Request, *, then: Chunk | None) -> Tensor | None:
+        """Compute a chunk of a prompt; the first token, (1,), after the last. Done again, it does the same."""
+        assert request.slot is not None
+        logits = self._prefill.compute(chunk, request.slot, then=then)
+        return None if request.chunks else self.slots.start(request.slot, logits)
 
     def _decode(self) -> None:
         self._compact()
-        self._launched(self._decoder.launch(max(self._running) + 1), dict(self._running))
+        ticket = self._in_memory(partial(self._decoder.launch, max(self._running) + 1))
+        self._launched(ticket, dict(self._running))
 
     def _launched(self, ticket: Ticket, requests: dict[int, Request]) -> None:
         self._in_flight.append((ticket, requests))
+        self._tokens += len(requests)
         for request in requests.values():
             request.launched += 1
             if request.launched == request.max_new_tokens:

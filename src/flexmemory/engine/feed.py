@@ -20,7 +20,7 @@ from torch import Tensor
 from flexmemory.engine.plain import RowOf
 from flexmemory.engine.slots import Slots
 from flexmemory.tol.disk import DiskRows
-from flexmemory.tol.hot import HotRows
+from flexmemory.tol.hot import HotRows, HotSet
 from flexmemory.tol.tiers import DeviceRows, HostRows, RowTier
 
 WORDS = 1024
@@ -91,6 +91,10 @@ class RowFeed:
         """`steps` (S,) counts each slot's steps on the device."""
         self._steps = steps
 
+    def use(self, hot: HotSet) -> None:
+        """Take another hot set; steps captured so far must not run again."""
+        self._hot = hot
+
     @property
     def from_host(self) -> bool:
         """Whether the host must be told tokens, to put rows into the mailbox."""
@@ -115,7 +119,8 @@ class RowFeed:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def _arrive(self) -> None:
+    def arrive(self) -> None:
+        """Wait, on the current stream, for what `stage` began; once is enough."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
             self._event = None
@@ -126,7 +131,7 @@ class RowFeed:
             return None
         if self._table is not None:
             return self._table[:, 0].index_select(0, self._slots.token_ids[:num_slots])
-        self._arrive()
+        self.arrive()
         return self._staged[:num_slots, 0].contiguous()
 
     def row(self, layer: int) -> RowOf | None:
@@ -136,7 +141,7 @@ class RowFeed:
             return None
         if self._table is not None:
             return RowOf(self._table[:, place], self._slots.token_ids)
-        self._arrive()
+        self.arrive()
         return RowOf(self._staged[:, place], self._own)
 
     def deliver(self, slot: int, token: int, *, step: int) -> OSError | None:

@@ -9,7 +9,10 @@ of a step.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
+from collections.abc import Callable
 
 import torch
 import triton
@@ -20,12 +23,15 @@ from torch import Tensor
 from flexmemory.engine.decode import Operations, residual_stream
 from flexmemory.engine.feed import RowFeed
 from flexmemory.engine.narrow import NarrowKernels
+from flexmemory.engine.placement import format_size
 from flexmemory.engine.sampling import How, sample
 from flexmemory.engine.slots import Slots
 from flexmemory.engine.wide import WideKernels
 from flexmemory.model.transformer import Transformer
+from flexmemory.tol.hot import HotRows
 from flexmemory.tol.tiers import RowTier
 
+logger = logging.getLogger(__name__)
 NARROW = 1
 """Sequences up to which `NarrowKernels` are faster than matrix products."""
 RING = 8
@@ -63,6 +69,7 @@ class GraphDecoder:
         slots: Slots,
         *,
         tier: RowTier | None,
+        learn: int = 0,
         forced: Int[Tensor, "S C"] | None = None,
     ) -> None:
         """Decode with `model`, whose rows are looked up in `tier`; a dense model has none.
@@ -71,13 +78,20 @@ class GraphDecoder:
             model: Its weights, on a GPU.
             slots: What to decode.
             tier: Where rows are.
+            learn: Of the tokens that come, how many of the most frequent the hot set of `tier` is to hold; 0 leaves it
+                as it is.
             forced: The token of each slot at each position, to be taken instead of the one that the model chooses.
 
         Raises:
-            ValueError: the model has memory and no tier is given.
+            ValueError: the model has memory and no tier is given, or there is no hot set to learn.
         """
         if model.config.has_memory and tier is None:
             raise ValueError("captured decoding looks rows up: give a ToL store, or use the eager decoder")
+        self._hot_rows, self._learn = tier if isinstance(tier, HotRows) else None, learn
+        if learn and self._hot_rows is None:
+            raise ValueError(f"there is no hot set to learn {learn} rows for: put HotRows before the tier")
+        self._asked = self._hot_rows.traffic.counts.numpy() if learn and self._hot_rows is not None else None
+        """How often each token came, in the memory of `Traffic.counts`."""
         self._model, self._slots, self._forced = model, slots, forced
         device, num_slots = slots.token_ids.device, len(slots.token_ids)
         self._feed = None if tier is None else RowFeed(tier, slots)
@@ -112,6 +126,53 @@ class GraphDecoder:
             self._launched[slot] += 1
         self._in_flight.append(ticket)
         return ticket
+
+    def shrink(self) -> bool:
+        """As `Decoder.shrink`: half of the hot rows go."""
+        rows = self._hot_rows
+        if rows is None or not len(rows.hot):
+            return False
+        before, held = len(rows.hot), rows.hot.nbytes
+        self._learn = min(self._learn, before // 2)
+        with contextlib.suppress(torch.OutOfMemoryError):  # even for half of them: then none are kept
+            self._change(lambda: setattr(rows, "hot", rows.hot.resized(before // 2)))
+        logger.warning(
+            "out of memory on %s: of %s hot rows %s are kept, which frees %s",
+            rows.hot.table.device,
+            f"{before:,}",
+            f"{len(rows.hot):,}",
+            format_size(held - rows.hot.nbytes),
+        )
+        return True
+
+    def relearn(self) -> None:
+        """As `Decoder.relearn`: the hot set becomes the tokens that were most frequent, where it is to be learnt."""
+        rows = self._hot_rows
+        if rows is None or not self._learn:
+            return
+        try:
+            self._change(lambda: rows.relearn(self._learn))
+        except torch.OutOfMemoryError:
+            self._learn //= 2
+            logger.warning("out of memory while hot rows were learnt: none are kept, next time %d", self._learn)
+        except OSError as error:
+            logger.warning("hot rows stay as they are, others cannot be read: %s", error)
+
+    def _change(self, change: Callable[[], None]) -> None:
+        """Replace the hot set, by `change`, which captured steps read: they are forgotten, and rows delivered anew."""
+        assert self._feed is not None
+        assert self._hot_rows is not None
+        for ticket in list(self._in_flight):
+            ticket.tokens()
+        torch.cuda.synchronize()
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # the old one cannot be used again
+        try:
+            change()
+        finally:
+            self._feed.use(self._hot_rows.hot)
+            self._slots.fresh.update(self._slots.active.nonzero().flatten().tolist())
+            torch.cuda.empty_cache()
 
     def _learn_fresh(self, bucket: int) -> None:
         """Deliver the rows that new sequences begin with."""
@@ -175,7 +236,11 @@ class GraphDecoder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._step(num_slots, how, state)
+            try:
+                self._step(num_slots, how, state)
+            finally:  # a capture ends with all its streams joined, also one that ran out of memory
+                if self._feed is not None:
+                    self._feed.arrive()
         self._graphs[num_slots, how] = graph
         return graph
 
@@ -188,6 +253,8 @@ class GraphDecoder:
             error = self._errors.get(slot) if same else None
             tokens.append(token if error is None else error)
             if same:
+                if self._asked is not None:
+                    self._asked[token] += 1
                 self._deliver(slot, token, step=step + 1)
         self._in_flight.remove(ticket)
         return tokens

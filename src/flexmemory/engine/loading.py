@@ -59,7 +59,10 @@ class LoadedModel:
         if self.model.device.type == "cuda" and (self.tier is not None or not self.model.config.has_memory):
             from flexmemory.engine.graph import GraphDecoder  # Triton is there where a GPU is
 
-            decoder = partial(GraphDecoder, self.model, tier=self.tier)
+            learn = 0
+            if self.placement is not None and self.placement.store is not None and self.placement.store.counts is None:
+                learn = self.placement.hot_rows
+            decoder = partial(GraphDecoder, self.model, tier=self.tier, learn=learn)
         return Engine(
             self.model,
             row_source=self.row_source,

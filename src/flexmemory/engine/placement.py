@@ -158,20 +158,6 @@ def place(
     return plan if budget.host is None or table.place == "device" else _with_hot_rows(plan, _hot_rows(plan, store))
 
 
-def shrink(placement: Placement) -> Placement:
-    """The same plan with half of the hot rows, for when the device turns out to have less memory than it said.
-
-    Raises:
-        ValueError: there are no hot rows to give up.
-    """
-    if not placement.hot_rows:
-        raise ValueError(
-            f"out of memory with {format_size(placement.used('device'))} planned on the device and no hot rows to give "
-            "up; take fewer or shorter sequences, int8 weights, or a smaller memory budget with rows on host or disk"
-        )
-    return _with_hot_rows(placement, placement.hot_rows // 2)
-
-
 def weight_bytes(
     config: ModelConfig, *, dtype: torch.dtype, int8: Int8Part | None, memory: bool, embedding: bool
 ) -> tuple[int, int]:

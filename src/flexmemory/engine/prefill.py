@@ -66,6 +66,7 @@ class Prefill:
 
         Raises:
             OSError: its rows cannot be read; the slot is as it was.
+            torch.OutOfMemoryError: there is no room for it; it can be computed again.
         """
         self.fetch(chunk)
         try:
@@ -75,11 +76,22 @@ class Prefill:
             if then is not None:
                 self.fetch(then)
         token_ids = chunk.token_ids if self._stream is None else chunk.token_ids.pin_memory()
-        logits = self._logits(token_ids, rows, slot, start=chunk.start)
+        try:
+            logits = self._logits(token_ids, rows, slot, start=chunk.start)
+        finally:
+            if self._stream is not None and rows is not None:
+                self._hold(rows)
         self._slots.filled(slot, chunk.stop)
-        if self._stream is not None and rows is not None:
-            self._hold(rows)
         return logits
+
+    def settle(self) -> None:
+        """Wait until no rows are being fetched or read, and give back what captured chunks hold."""
+        self._thread.submit(int).result()  # there is one thread: all before is done
+        if self._stream is not None:
+            torch.cuda.synchronize(self._device)
+            self._in_use.clear()
+        if self._prompts is not None:
+            self._prompts.forget()
 
     def _logits(self, token_ids: Tensor, rows: Rows | None, slot: int, *, start: int) -> Tensor:
         model, slots = self._model, self._slots

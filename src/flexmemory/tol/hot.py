@@ -83,6 +83,8 @@ class HotSet:
         self.table = self.table.new_empty((0, *self.table.shape[1:]))
         self.slot.fill_(-1)
         self.host_slot.fill_(-1)
+        if device.type == "cuda":  # else the smaller table would be cut out of the larger one's memory
+            torch.cuda.empty_cache()
         return HotSet.of(ids, rows.to(device), vocab_size=vocab_size)
 
 
