@@ -252,7 +252,7 @@ def hugging_face(bench: Bench, *, static: bool) -> dict[str, Any]:
         attention_mask=torch.ones_like(token_ids),
         max_new_tokens=steps,
         do_sample=False,
-        stopping_criteria=transformers.StoppingCriteriaList([clock]),  # type: ignore[list-item]
+        stopping_criteria=transformers.StoppingCriteriaList([clock]),
         cache_implementation="static" if static else None,
     )
     assert len(times) == steps
@@ -300,10 +300,10 @@ def protocol(bench: Bench) -> list[tuple[str, Callable[[], dict[str, Any]], int]
     return [
         ("device", partial(device_facts, bench), 60),
         ("store", partial(prepare_rows, bench), 120),
-        *[("decode", measure, 45) for measure in decodes],
+        *[("decode", measure, 90) for measure in decodes],
         *[("prefill", partial(prefill, bench, model, rows), 45) for model, rows in prompts],
-        ("decode", partial(decode_from_disk, bench, "disk + hot", cold=False), 45),
-        ("decode", partial(decode_from_disk, bench, "disk", cold=False), 45),
+        ("decode", partial(decode_from_disk, bench, "disk + hot", cold=False), 60),
+        ("decode", partial(decode_from_disk, bench, "disk", cold=False), 60),
         *[("gather", partial(gather, bench, rows), 45) for rows in ("device", "host", "disk")],
         ("decode", partial(decode_from_disk, bench, "disk + hot", cold=True), 60),
         ("memory", partial(run, "memory", "carried host", prefill_chunk=bench.scale.small_chunk), 45),
@@ -380,7 +380,7 @@ def main() -> None:
             entry: dict[str, Any] = {"error": f"not begun: {args.limit:.0f} s were over"}
         else:
             entry = attempt(measure, limit_s=limit_s)
-        call = measure.args[1:] + tuple(f"{k}={v}" for k, v in measure.keywords.items())  # type: ignore[attr-defined]
+        call = measure.args[1:] + tuple(f"{k}={v}" for k, v in measure.keywords.items())
         entry = {"bench": kind, "call": " ".join(map(str, call)), **entry, "took_s": time.perf_counter() - begun}
         results["entries"].append(entry)
         write_json(args.out, results)

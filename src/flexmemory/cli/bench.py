@@ -250,7 +250,7 @@ def _table(entries: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def _cell(label: str, value: float | bool | None) -> str:
+def _cell(label: str, value: int | float | bool | None) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):
