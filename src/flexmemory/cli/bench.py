@@ -239,7 +239,10 @@ def _stream(options: Options, subject: Subject) -> Tensor:
             "give data of the model's tokenizer"
         )
     split = dataset.validation or dataset.train
-    return torch.from_numpy(split.read(0, min(STREAM_TOKENS, len(split))))
+    stream = torch.from_numpy(split.read(0, min(STREAM_TOKENS, len(split))))
+    if without := int((stream >= subject.num_ids).sum()):
+        logger.info("%d of %d tokens have no random row and become id %d", without, len(stream), subject.num_ids - 1)
+    return stream
 
 
 def _table(entries: Sequence[dict[str, Any]]) -> str:
