@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -53,13 +55,115 @@ def train_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def render(text: str) -> str:
-    """`text` with every generated section made anew."""
-    sections = {
-        "demo": demo_table(json.loads((RESULTS / "demo.json").read_text())),
-        "train": train_table(json.loads((RESULTS / "train.json").read_text())),
+def decode_table(results: dict) -> str:
+    """Decoding, its bound and memory, then prompts, as Markdown; what could not be measured is named."""
+    entries = [entry for entry in results["entries"] if "error" not in entry]
+    decodes = [entry for entry in entries if entry["bench"] in ("decode", "memory")]
+    dense = {entry["batch"]: entry for entry in decodes if _is_base(entry)}
+    lines = [
+        "| | batch | ms/token, median | mean | tokens/s | speed, to dense | GB a step | of its bound | "
+        "first token, ms | peak beyond KV cache, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for entry in decodes:
+        base = dense.get(entry["batch"])
+        cells = [
+            _decode_label(entry),
+            f"{entry['batch']}",
+            f"{entry['ms_per_token']:.3f}",
+            f"{entry['mean_ms_per_token']:.3f}",
+            f"{entry['tokens_per_s']:,.0f}",
+            f"{base['ms_per_token'] / entry['ms_per_token']:.2f}" if base else "",
+            f"{entry['step_bytes'] / 1e9:.3f}",
+            f"{entry['bound_share']:.0%}",
+            f"{entry['first_token_ms']:.1f}",
+            f"{(entry['peak_bytes'] - entry['kv_cache_bytes']) / 1e9:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for entry in entries:
+        if entry["bench"] == "hugging face":
+            ms = entry["ms_per_token"]
+            ratio = f"{dense[1]['ms_per_token'] / ms:.3f}" if 1 in dense else ""
+            lines.append(
+                f"| dense, Hugging Face {entry['mode']} | 1 | {ms:.3f} | | {1e3 / ms:,.0f} | {ratio} | | | | |"
+            )
+    prompts = [entry for entry in entries if entry["bench"] == "prefill"]
+    if prompts:
+        lines += ["", f"| prompt of {prompts[0]['prompt']:,} tokens | ms | speed, to dense |", "|---|---:|---:|"]
+    dense_ms = next((entry["ms"] for entry in prompts if entry["model"] == "dense"), None)
+    for entry in prompts:
+        ratio = f"{dense_ms / entry['ms']:.2f}" if dense_ms else ""
+        lines.append(f"| {_decode_label(entry)} | {entry['ms']:.2f} | {ratio} |")
+    where = results["provenance"]
+    device = next((entry for entry in entries if entry["bench"] == "device"), None)
+    rate = f", copies at {device['copy_bytes_per_s'] / 1e12:.2f} TB/s" if device else ""
+    lines += ["", f"{where['gpu']}{rate}, torch {where['torch']}, Python {where['python']}, commit {where['commit']}."]
+    missing = [f"{entry['bench']} {entry['call']}".strip() for entry in results["entries"] if "error" in entry]
+    if missing:
+        lines += ["", f"Not measured in this run: {'; '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def _is_base(entry: dict) -> bool:
+    return entry["bench"] == "decode" and entry["model"] == "dense"
+
+
+def _decode_label(entry: dict) -> str:
+    places = {
+        "none": "",
+        "host": "rows in host memory",
+        "device": "rows on the device",
+        "disk": "rows on disk",
+        "carried host": "rows and embedding in host memory",
     }
-    for name, content in sections.items():
+    place, _, hot = entry["rows"].partition(" + ")
+    parts = [entry["model"], places[place], "hot set" if hot else ""]
+    parts += [f"{entry['cache']} page cache" if "cache" in entry else ""]
+    parts += [f"int8 {entry['int8']}" if entry.get("int8") else ""]
+    parts += ["prompt in small chunks" if entry["bench"] == "memory" else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def decode_cpu_table(results: dict) -> str:
+    """Decoding on a CPU, a MemoryLLM beside its dense base, as Markdown: the median over rounds."""
+    rounds: dict[tuple, list[dict]] = {}
+    for entry in results["entries"]:
+        rounds.setdefault((entry["model"], entry["dtype"], entry["int8"], entry["rows"]), []).append(entry)
+    contexts = sorted({int(key.split("_")[1]) for entry in results["entries"] for key in entry if "context_" in key})
+
+    def median(key: tuple, context: int, of: Callable[[dict], float]) -> float:
+        return statistics.median(of(entry[f"context_{context}"]) for entry in rounds[key])
+
+    heads = [f"ms/token at {context}" for context in contexts] + ["of the read rate", "speed, to dense", "resident, MB"]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    last = contexts[-1]
+    for key in rounds:
+        model, dtype, int8, rows = key
+        places = {"disk": "rows on disk", "host": "rows in memory", "compute": "rows computed"}
+        label = ["dense" if model == "base" else model, dtype, f"int8 {int8}" if int8 else "", places.get(rows, "")]
+        ms = [median(key, context, lambda figures: figures["ms_per_token"]) for context in contexts]
+        moved = median(key, last, lambda figures: figures["bytes_per_token"])
+        base = ("base", dtype, int8, None)
+        dense_ms = median(base, last, lambda figures: figures["ms_per_token"]) if base in rounds else None
+        cells = [
+            ", ".join(part for part in label if part),
+            *[f"{value:.2f}" for value in ms],
+            f"{moved / results['read_bytes_s'] / ms[-1] * 1e3:.0%}",
+            f"{dense_ms / ms[-1]:.2f}" if dense_ms else "",
+            f"{median(key, last, lambda figures: figures['memory']['resident']) / 1e6:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    where = results["provenance"]
+    where_text = f"{where['cpu']}, {results['threads']} threads, torch {where['torch']}, commit {where['commit']}."
+    return "\n".join([*lines, "", where_text])
+
+
+def render(text: str) -> str:
+    """`text` with every section made anew of which there are results."""
+    tables = {"demo": demo_table, "train": train_table, "decode": decode_table, "decode_cpu": decode_cpu_table}
+    for name, table in tables.items():
+        path = RESULTS / f"{name}.json"
+        content = table(json.loads(path.read_text())) if path.exists() else "Not measured yet."
         pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda match, new=content: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
         assert count == 1, f"README.md has {count} sections {name!r}"

@@ -24,6 +24,7 @@ VERBS = {
     "tol": "build, describe or verify token-wise lookups",
     "generate": "continue a prompt",
     "eval": "measure a checkpoint",
+    "bench": "time tokens, prompts or rows on this machine",
 }
 
 

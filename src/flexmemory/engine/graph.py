@@ -49,7 +49,7 @@ def _finish(
     length = tl.load(lengths_ptr + slot)
     token = tl.load(tokens_ptr + slot)
     if FORCED:
-        token = tl.load(forced_ptr + slot * capacity + length + 1)
+        token = tl.load(forced_ptr + slot * capacity + tl.minimum(length + 1, capacity - 1))
     step = tl.load(steps_ptr + slot)
     tl.store(ring_ptr + slot * RING + step % RING, ((step + 1) << 32) | token)
     tl.store(steps_ptr + slot, step + 1)
