@@ -1,8 +1,8 @@
 """Does a MemoryLLM with four times the cells learn more, and at which learning rates: held-out perplexity, as JSON.
 
-    python benchmarks/larger_k.py --data DATA --out benchmarks/results/larger_k.json [--at-once 8]
+    python benchmarks/larger_k.py --data DATA --out OUT.json [--preset mini-memory] [--at-once 8]
 
-Trains `mini-memory` and the same with 4 K on the same tokens of a prepared folder, with one thing changed at a time,
+Trains a preset and the same with 4 K on the same tokens of a prepared folder, with one thing changed at a time,
 the most telling runs first and several at once. Results are written after each run; those there are not made again.
 """
 
@@ -34,7 +34,7 @@ from flexmemory.train.step import evaluate, take_step, training_model
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What a run changes of `mini-memory` and its recipe."""
+    """What a run changes of the preset and its recipe."""
 
     cells: int = 1
     """K, as a multiple."""
@@ -54,14 +54,15 @@ SETTINGS = [
     for change in (
         {},
         {"memory_lr": 0.5},
-        {"memory_lr": 0.25},
         {"memory_lr": 2.0},
         {"seed": 1},
+        {"memory_lr": 0.25},
+        {"init": 0.5},
+        {"embedding_lr": 2.0},
         {"optimizer": "muon"},
         {"lr": 0.5},
+        {"lr": 2.0},
         {"embedding_lr": 0.5},
-        {"embedding_lr": 2.0},
-        {"init": 0.5},
         {"memory_lr": 0.5, "seed": 1},
         {"optimizer": "muon", "seed": 1},
         {"memory_lr": 0.25, "seed": 1},
@@ -70,9 +71,9 @@ SETTINGS = [
 ]
 
 
-def recipe(setting: Setting, *, total_tokens: int, batch_tokens: int) -> TrainConfig:
-    """The recipe of `mini-memory` over fewer tokens in smaller steps, as `setting` changes it."""
-    base = get_preset("mini-memory").train
+def recipe(setting: Setting, *, preset: str, total_tokens: int, batch_tokens: int) -> TrainConfig:
+    """The recipe of a preset over fewer tokens in smaller steps, as `setting` changes it."""
+    base = get_preset(preset).train
     return dataclasses.replace(
         base,
         total_tokens=total_tokens,
@@ -87,12 +88,15 @@ def recipe(setting: Setting, *, total_tokens: int, batch_tokens: int) -> TrainCo
     )
 
 
-def run(setting: Setting, *, data: Path, total_tokens: int, batch_tokens: int, device_name: str) -> dict[str, Any]:
+def run(
+    setting: Setting, *, preset: str, data: Path, total_tokens: int, batch_tokens: int, device_name: str, threads: int
+) -> dict[str, Any]:
     """Train once; figures beside the setting."""
     started = time.perf_counter()
+    torch.set_num_threads(threads)
     device, dataset = resolve_device(device_name), TokenDataset.open(data)
-    config = recipe(setting, total_tokens=total_tokens, batch_tokens=batch_tokens)
-    model_config = get_preset("mini-memory").model
+    config = recipe(setting, preset=preset, total_tokens=total_tokens, batch_tokens=batch_tokens)
+    model_config = get_preset(preset).model
     model_config = dataclasses.replace(
         model_config,
         vocab_size=dataset.vocab_size,
@@ -126,12 +130,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="mini-memory")
     parser.add_argument("--total-tokens", type=int, default=25_165_824)
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--at-once", type=int, default=8)
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of them, the first ones")
+    parser.add_argument("--threads", type=int, default=2, help="of a run, where it is on a CPU")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     common: dict[str, Any] = {
+        "preset": options.preset,
+        "threads": options.threads,
         "data": options.data,
         "total_tokens": options.total_tokens,
         "batch_tokens": options.batch_tokens,
@@ -139,9 +148,10 @@ def main() -> None:
     }
     results: dict[str, Any] = {
         "provenance": provenance(),
+        "preset": options.preset,
         "total_tokens": options.total_tokens,
         "batch_tokens": options.batch_tokens,
-        "lr": get_preset("mini-memory").train.lr,
+        "lr": get_preset(options.preset).train.lr,
         "data": TokenDataset.open(options.data).fingerprint,
         "entries": [],
     }
@@ -151,7 +161,7 @@ def main() -> None:
     done = [Setting(**{name: entry[name] for name in names}) for entry in results["entries"]]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.at_once, mp_context=context) as pool:
-        runs = [pool.submit(run, setting, **common) for setting in SETTINGS if setting not in done]
+        runs = [pool.submit(run, setting, **common) for setting in SETTINGS[: options.settings] if setting not in done]
         for finished in as_completed(runs):
             figures = finished.result()
             results["entries"].append(figures)

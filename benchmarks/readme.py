@@ -59,6 +59,8 @@ def decode_table(results: dict) -> str:
     """Decoding, its bound and memory, then prompts, as Markdown; what could not be measured is named."""
     entries = [entry for entry in results["entries"] if "error" not in entry]
     decodes = [entry for entry in entries if entry["bench"] in ("decode", "memory")]
+    models = ("dense", "memory", "flex-3")
+    decodes.sort(key=lambda entry: (entry["bench"], entry["batch"], models.index(entry["model"])))
     dense = {entry["batch"]: entry for entry in decodes if _is_base(entry)}
     lines = [
         "| | batch | ms/token, median | mean | tokens/s | speed, to dense | GB a step | of its bound | "
@@ -118,7 +120,7 @@ def _decode_label(entry: dict) -> str:
     }
     place, _, hot = entry["rows"].partition(" + ")
     parts = [entry["model"], places[place], "hot set" if hot else ""]
-    parts += [f"{entry['cache']} page cache" if "cache" in entry else ""]
+    parts += [f"{entry['cached_share_before']:.0%} of them in the page cache" if "cache" in entry else ""]
     parts += [f"int8 {entry['int8']}" if entry.get("int8") else ""]
     parts += ["prompt in small chunks" if entry["bench"] == "memory" else ""]
     return ", ".join(part for part in parts if part)
@@ -134,25 +136,26 @@ def decode_cpu_table(results: dict) -> str:
     def median(key: tuple, context: int, of: Callable[[dict], float]) -> float:
         return statistics.median(of(entry[f"context_{context}"]) for entry in rounds[key])
 
-    heads = [f"ms/token at {context}" for context in contexts] + ["of the read rate", "speed, to dense", "resident, MB"]
+    columns = [
+        f"{what} at {context}" for context in contexts for what in ("ms/token", "speed, to dense,", "resident, MB,")
+    ]
+    heads = [*columns, "of the read rate"]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    last = contexts[-1]
     for key in rounds:
         model, dtype, int8, rows = key
         places = {"disk": "rows on disk", "host": "rows in memory", "compute": "rows computed"}
         label = ["dense" if model == "base" else model, dtype, f"int8 {int8}" if int8 else "", places.get(rows, "")]
-        ms = [median(key, context, lambda figures: figures["ms_per_token"]) for context in contexts]
-        moved = median(key, last, lambda figures: figures["bytes_per_token"])
-        base = ("base", dtype, int8, None)
-        dense_ms = median(base, last, lambda figures: figures["ms_per_token"]) if base in rounds else None
-        cells = [
-            ", ".join(part for part in label if part),
-            *[f"{value:.2f}" for value in ms],
-            f"{moved / results['read_bytes_s'] / ms[-1] * 1e3:.0%}",
-            f"{dense_ms / ms[-1]:.2f}" if dense_ms else "",
-            f"{median(key, last, lambda figures: figures['memory']['resident']) / 1e6:,.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        base, cells = ("base", dtype, int8, None), []
+        for context in contexts:
+            ms = median(key, context, lambda figures: figures["ms_per_token"])
+            dense_ms = median(base, context, lambda figures: figures["ms_per_token"]) if base in rounds else None
+            resident = median(key, context, lambda figures: figures["memory"]["resident"])
+            cells += [f"{ms:.2f}", f"{dense_ms / ms:.2f}" if dense_ms else "", f"{resident / 1e6:,.0f}"]
+        first = contexts[0]
+        moved = median(key, first, lambda figures: figures["bytes_per_token"])
+        ms = median(key, first, lambda figures: figures["ms_per_token"])
+        cells.append(f"{moved / results['read_bytes_s'] / ms * 1e3:.0%}")
+        lines.append(f"| {', '.join(part for part in label if part)} | {' | '.join(cells)} |")
     where = results["provenance"]
     where_text = f"{where['cpu']}, {results['threads']} threads, torch {where['torch']}, commit {where['commit']}."
     return "\n".join([*lines, "", where_text])

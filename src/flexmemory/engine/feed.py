@@ -50,7 +50,7 @@ def _stage(
             while (tl.load(ready_ptr + b, volatile=True) < step) & (looks < PATIENCE):
                 looks += 1
         tl.debug_barrier()
-        row = tl.load(below_ptr + (step % 2 * num_slots + b) * words + columns, mask=mask, cache_modifier=".cv")
+        row = tl.load(below_ptr + (step % 2 * num_slots + b) * words + columns, mask=mask)
     else:
         row = tl.load(below_ptr + token * words + columns, mask=mask)
     tl.store(out_ptr + b.to(tl.int64) * words + columns, row, mask=mask)

@@ -16,42 +16,49 @@ from torch.nn import functional as F
 from flexmemory.engine.narrow import NarrowKernels
 from flexmemory.engine.plain import RowOf
 
+NUMBERS = 1024
+"""Pairs of numbers that a program turns."""
+
 
 @triton.jit
 def _rotate_and_cache(
     heads_ptr, rotary_ptr, lengths_ptr, query_ptr, keys_ptr, values_ptr, slot_ptr, turned_ptr,
     rotary_stride, slot_stride, head_stride,
-    E: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, G: tl.constexpr, ONE_SLOT: tl.constexpr,
+    E: tl.constexpr, BLOCK: tl.constexpr, H: tl.constexpr, G: tl.constexpr, HEADS: tl.constexpr,
+    ONE_SLOT: tl.constexpr,
 ):  # fmt: skip
+    """A program takes some heads of one token, as two halves that turn with each other."""
     b = tl.program_id(0)
-    head = tl.program_id(1)
-    near = tl.arange(0, BLOCK)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    near = tl.arange(0, BLOCK)[None, :]
     far = near + E // 2
-    mask = near < E // 2
+    inside = near < E // 2
     source = heads_ptr + (b * (H + 2 * G) + head) * E
-    a = tl.load(source + near, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(source + far, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(source + near, mask=inside & (head < H + 2 * G), other=0.0).to(tl.float32)
+    c = tl.load(source + far, mask=inside & (head < H + 2 * G), other=0.0).to(tl.float32)
     position = tl.load(lengths_ptr + b)
-    if head < H + G:
-        cosine = tl.load(rotary_ptr + position * E + near, mask=mask, other=0.0)
-        sine = tl.load(rotary_ptr + rotary_stride + position * E + near, mask=mask, other=0.0)
-        turned = a * cosine - c * sine
-        c = c * cosine + a * sine
-        a = turned
+    cosine = tl.load(rotary_ptr + position * E + near, mask=inside, other=0.0)
+    sine = tl.load(rotary_ptr + rotary_stride + position * E + near, mask=inside, other=0.0)
+    turns = head < H + G
+    first = tl.where(turns, a * cosine - c * sine, a).to(query_ptr.dtype.element_ty)
+    second = tl.where(turns, c * cosine + a * sine, c).to(query_ptr.dtype.element_ty)
+    target = query_ptr + (b * H + head) * E
+    tl.store(target + near, first, mask=inside & (head < H))
+    tl.store(target + far, second, mask=inside & (head < H))
     slot = tl.load(slot_ptr) if ONE_SLOT else b.to(tl.int64)
     cached = slot * slot_stride + position * E
-    if head < H:
-        target = query_ptr + (b * H + head) * E
-    elif head < H + G:
-        target = keys_ptr + cached + (head - H) * head_stride
-        if ONE_SLOT:
-            turned = turned_ptr + (b * G + head - H) * E
-            tl.store(turned + near, a.to(turned_ptr.dtype.element_ty), mask=mask)
-            tl.store(turned + far, c.to(turned_ptr.dtype.element_ty), mask=mask)
-    else:
-        target = values_ptr + cached + (head - H - G) * head_stride
-    tl.store(target + near, a.to(query_ptr.dtype.element_ty), mask=mask)
-    tl.store(target + far, c.to(query_ptr.dtype.element_ty), mask=mask)
+    is_key = inside & (head >= H) & turns
+    target = keys_ptr + cached + (head - H) * head_stride
+    tl.store(target + near, first, mask=is_key)
+    tl.store(target + far, second, mask=is_key)
+    if ONE_SLOT:
+        target = turned_ptr + (b * G + head - H) * E
+        tl.store(target + near, first, mask=is_key)
+        tl.store(target + far, second, mask=is_key)
+    is_value = inside & (head >= H + G) & (head < H + 2 * G)
+    target = values_ptr + cached + (head - H - G) * head_stride
+    tl.store(target + near, first, mask=is_value)
+    tl.store(target + far, second, mask=is_value)
 
 
 @triton.jit
@@ -84,11 +91,12 @@ def rotate_and_cache(
     num_heads = heads.shape[1] // head_size - 2 * kv_heads
     query = heads.new_empty(batch, num_heads, head_size)
     turned = None if slot is None else heads.new_empty(batch, kv_heads, head_size)
-    _rotate_and_cache[batch, num_heads + 2 * kv_heads](
+    block = triton.next_power_of_2(head_size // 2)
+    some = min(triton.next_power_of_2(num_heads + 2 * kv_heads), max(1, NUMBERS // block))
+    _rotate_and_cache[batch, triton.cdiv(num_heads + 2 * kv_heads, some)](
         heads, rotary, lengths, query, keys, values, lengths if slot is None else slot,
         query if turned is None else turned, rotary.stride(0), keys.stride(0), keys.stride(1),
-        E=head_size, BLOCK=triton.next_power_of_2(head_size // 2), H=num_heads, G=kv_heads,
-        ONE_SLOT=slot is not None, num_warps=1,
+        E=head_size, BLOCK=block, H=num_heads, G=kv_heads, HEADS=some, ONE_SLOT=slot is not None,
     )  # fmt: skip
     return query, turned
 
