@@ -8,7 +8,7 @@ the same tokens, which tests assert.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from flexmemory.model.ffn import SwiGLU
 from flexmemory.model.transformer import DenseBlock, FlexBlock, MemoryBlock, Transformer
 
 
+@runtime_checkable
 class Operations(Protocol):
     """What a step is made of; shapes and meaning as in `engine/plain.py`."""
 

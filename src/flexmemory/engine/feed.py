@@ -6,7 +6,8 @@ puts them into a mailbox in pinned memory, and the step, launched ahead, waits f
 Dimension key: S slots, n slots of a step, P slices of a row, D model width.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 

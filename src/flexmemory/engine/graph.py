@@ -5,7 +5,8 @@ it looks. So the host launches step after step and waits for none but the last b
 of a step.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """int8 products on a GPU for a batch of inputs: weights are read as int8 and converted on their way to the product."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ matrix in one tile, which it asks for before it waits for the kernel before it (
 are summed in fp32. Three launches a memory layer, five a dense or flex layer.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 

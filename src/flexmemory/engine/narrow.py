@@ -1,6 +1,7 @@
 """The operations of a decode step for few sequences on a GPU, as exact as those of `engine/plain.py`."""
 
-# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false, reportMissingImports=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 

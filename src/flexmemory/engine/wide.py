@@ -3,7 +3,8 @@
 Beyond a few sequences the keys and values that a step reads outweigh the weights, and matrix products pay.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportCallIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ The loss goes over a position's logits twice, for their log-partition and for th
 A chunk of 4186 positions of 128k bf16 logits takes 0.83 ms on an H200, and 1.22 ms compiled from the plain form.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 
