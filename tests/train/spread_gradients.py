@@ -3,6 +3,7 @@
 spread_gradients.py DATA OUT
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -57,3 +58,4 @@ if __name__ == "__main__":
         found = gradients(world, data=Path(sys.argv[1]))
         if world.is_main:
             save_file(found, sys.argv[2])
+    os._exit(0)  # as `flexmemory` under torchrun: shutting the interpreter down can abort
