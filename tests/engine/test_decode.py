@@ -73,7 +73,7 @@ def test_chunks_of_a_prompt_equal_the_forward(name):
     model = random_model(VARIED[name], dtype=torch.float32)
     slots = Slots(model.config, num_slots=3, capacity=40)
     slots.states.fill_(torch.nan)
-    prompts = Prompts(model, slots)
+    prompts = Prompts(model, slots, longest=16)
     logits = torch.empty(0)
     for start, stop in ((0, 7), (7, 8), (8, 12)):
         ids = torch.tensor([PROMPT[start:stop]])
@@ -82,6 +82,53 @@ def test_chunks_of_a_prompt_equal_the_forward(name):
     torch.testing.assert_close(logits, model(torch.tensor([PROMPT]))[:, -1], rtol=1e-4, atol=1e-5)
     assert slots.states[:, :, 1, :, :12].isfinite().all()
     assert slots.states[:, :, [0, 2]].isnan().all()
+
+
+class Replayed:
+    """A graph that is computed again, for a machine without graphs."""
+
+    def __init__(self, compute):
+        self._compute, self.result = compute, compute()
+
+    def replay(self):
+        self.result.copy_(self._compute())
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["nano-base", "nano-flex3"])
+@torch.no_grad()
+def test_captured_chunks_serve_any_slot_and_shorter_prompts(name, monkeypatch):
+    from flexmemory.engine import prompt
+
+    captured = []
+
+    def capture(compute, pool):
+        captured.append(Replayed(compute))
+        return captured[-1], captured[-1].result
+
+    monkeypatch.setattr(prompt, "_captured", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(prompt, "SMALLEST", 4)
+    model = random_model(VARIED[name], dtype=torch.float32)
+    slots = Slots(model.config, num_slots=3, capacity=16)
+    slots.states.fill_(torch.nan)
+    prompts = prompt.Prompts(model, slots, longest=8)
+    for number, (length, slot) in enumerate([(7, 0), (8, 1), (3, 2), (5, 2), (4, 0), (1, 1)]):
+        ids = torch.tensor([PROMPT[number : number + length]])
+        rows = model.rows(ids) if model.config.has_memory else None
+        logits = prompts.logits(ids, rows, slot, start=0)
+        torch.testing.assert_close(logits, model(ids)[:, -1], rtol=1e-4, atol=1e-5)
+        keys = slots.states[:, :, slot, :, :length].clone()
+        model(ids, kv_cache=slots.prompt_cache(slot, length=0))
+        torch.testing.assert_close(keys, slots.states[:, :, slot, :, :length], rtol=1e-4, atol=1e-5)
+    assert len(captured) == 2  # of 8 tokens and of 4, each the second time
+    assert prompts.give_back()
+    assert not prompts.give_back()
+    for _ in range(3):
+        ids = torch.tensor([PROMPT[:6]])
+        rows = model.rows(ids) if model.config.has_memory else None
+        torch.testing.assert_close(prompts.logits(ids, rows, 0, start=0), model(ids)[:, -1], rtol=1e-4, atol=1e-5)
+    assert len(captured) == 2
 
 
 @pytest.mark.interpreted

@@ -96,7 +96,7 @@ class Engine:
         )
         self._model = model
         self._prefill_chunk = prefill_chunk
-        self._prefill = Prefill(model, self.slots, row_source)
+        self._prefill = Prefill(model, self.slots, row_source, longest=prefill_chunk)
         self._decoder = EagerDecoder(model, self.slots, row_source) if decoder is None else decoder(self.slots)
         self._queue: collections.deque[Request] = collections.deque()
         self._filling: collections.deque[Request] = collections.deque()
@@ -198,7 +198,7 @@ class Engine:
         """One unit of work: a chunk of a prompt, and one token for every running request.
 
         Raises:
-            torch.OutOfMemoryError: the device is out of memory, and the decoder has none left to give up.
+            torch.OutOfMemoryError: the device is out of memory, and none is left to give up.
         """
         while self._queue and self._free:
             self._admit(self._queue.popleft())
@@ -214,14 +214,15 @@ class Engine:
             self._decoder.relearn()
 
     def _in_memory(self, work: Callable[[], _Result]) -> _Result:
-        """The result of `work`; out of memory, the decoder gives some up, and it is begun again."""
+        """The result of `work`; out of memory, some is given up, and it is begun again."""
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
                 reason = str(error)
             self._prefill.settle()  # out here, as the error kept what `work` had allocated
-            if not self._decoder.shrink():
+            freed = self._prefill.give_back()
+            if not self._decoder.shrink() and not freed:
                 raise torch.OutOfMemoryError(reason)
 
     def _admit(self, request: Request) -> None:

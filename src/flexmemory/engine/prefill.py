@@ -32,8 +32,8 @@ class Chunk:
 class Prefill:
     """Computes chunks, and fetches rows in a thread of its own (on a GPU, in a stream of its own)."""
 
-    def __init__(self, model: Transformer, slots: Slots, row_source: RowSource | None) -> None:
-        """Fill `slots`; rows are computed unless `row_source` gives them."""
+    def __init__(self, model: Transformer, slots: Slots, row_source: RowSource | None, *, longest: int) -> None:
+        """Fill `slots` by chunks of up to `longest` tokens; rows are computed unless `row_source` gives them."""
         self._model, self._slots, self._row_source = model, slots, row_source
         self._device = model.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -41,7 +41,7 @@ class Prefill:
         if self._stream is not None:
             from flexmemory.engine.prompt import Prompts  # Triton is there where a GPU is
 
-            self._prompts = Prompts(model, slots)
+            self._prompts = Prompts(model, slots, longest=longest)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefill-rows")
         # Rows that a GPU may still be reading: their memory must not go to the fetching stream.
         self._in_use: collections.deque[tuple[torch.cuda.Event, Rows]] = collections.deque()
@@ -85,13 +85,15 @@ class Prefill:
         return logits
 
     def settle(self) -> None:
-        """Wait until no rows are being fetched or read, and give back what captured chunks hold."""
+        """Wait until no rows are being fetched or read."""
         self._thread.submit(int).result()  # there is one thread: all before is done
         if self._stream is not None:
             torch.cuda.synchronize(self._device)
             self._in_use.clear()
-        if self._prompts is not None:
-            self._prompts.forget()
+
+    def give_back(self) -> bool:
+        """Give up the memory of captured chunks, and capture no more; False where there are none."""
+        return self._prompts is not None and self._prompts.give_back()
 
     def _logits(self, token_ids: Tensor, rows: Rows | None, slot: int, *, start: int) -> Tensor:
         model, slots = self._model, self._slots

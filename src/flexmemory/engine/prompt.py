@@ -7,6 +7,9 @@ the second time that its size occurs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -27,56 +30,74 @@ SMALLEST = 64
 class Prompts:
     """Computes chunks of prompts into slots."""
 
-    def __init__(self, model: Transformer, slots: Slots) -> None:
-        """Fill `slots`."""
+    def __init__(self, model: Transformer, slots: Slots, *, longest: int) -> None:
+        """Fill `slots` by chunks of up to `longest` tokens."""
         self._model, self._slots = model, slots
+        self._largest = min(_padded(longest), slots.capacity)
         self._seen: set[int] = set()
         self._captured: dict[int, _FirstChunk] = {}
+        self._rows: MemoryRows | None = None
+        """Where captured chunks look for rows."""
+        self._pool: Any = None
 
     def logits(
         self, token_ids: Int[Tensor, "1 T"], rows: MemoryRows | None, slot: int, *, start: int
     ) -> Float[Tensor, "1 V"]:
         """Logits after a chunk at positions `start` .. `start + T - 1` of the sequence in `slot`."""
-        slots, count = self._slots, token_ids.shape[1]
-        size = max(SMALLEST, 1 << (count - 1).bit_length())
-        if start == 0 and size <= slots.capacity:
+        count = token_ids.shape[1]
+        size = _padded(count)
+        if start == 0 and size <= self._largest:
+            if size in self._seen and size not in self._captured:
+                self._captured[size] = self._capture(size, rows)
             if size in self._captured:
                 return self._captured[size].run(token_ids, rows, slot)
-            if size in self._seen:
-                self._captured[size] = chunk = _FirstChunk(self._model, slots, size=size, rows=rows)
-                return chunk.run(token_ids, rows, slot)
             self._seen.add(size)
         ids = token_ids[0].to(self._model.device, non_blocking=True)
-        operations = _PromptKernels(slots.token_ids.device, slot=torch.full((1,), slot, device=ids.device), start=start)
+        operations = _PromptKernels(ids.device, slot=torch.full((1,), slot, device=ids.device), start=start)
         lengths = torch.arange(start, start + count, dtype=torch.int32, device=ids.device)
-        x = _stream(self._model, slots, operations, ids, rows, lengths=lengths)
+        x = _stream(self._model, self._slots, operations, ids, rows, lengths=lengths)
         return operations.logits(x[-1:], self._model.norm, self._model.head)
 
-    def forget(self) -> None:
-        """Give back what captured chunks hold."""
+    def give_back(self) -> bool:
+        """Give up the memory of captured chunks, and capture no more; False where there are none."""
+        held = bool(self._captured)
         self._captured.clear()
-        self._seen.clear()
+        self._rows, self._largest = None, 0
+        return held
+
+    def _capture(self, size: int, rows: MemoryRows | None) -> _FirstChunk:
+        """A captured chunk, for rows that look like `rows`."""
+        if rows is not None and self._rows is None:
+            table = rows.table.new_zeros((self._largest, *rows.table.shape[1:]))
+            self._rows = rows.moved(table, rows.index.new_zeros(1, self._largest))
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run at once, and keep no result
+        return _FirstChunk(self._model, self._slots, size=size, rows=self._rows, pool=self._pool)
+
+
+def _padded(count: int) -> int:
+    """Tokens of the captured chunk that `count` tokens fit."""
+    return max(SMALLEST, 1 << (count - 1).bit_length())
 
 
 class _FirstChunk:
     """A captured chunk at the start of a sequence: up to `size` tokens, those that are left over computed in vain."""
 
-    def __init__(self, model: Transformer, slots: Slots, *, size: int, rows: MemoryRows | None) -> None:
-        """Capture it, for rows that look like `rows`."""
+    def __init__(self, model: Transformer, slots: Slots, *, size: int, rows: MemoryRows | None, pool: Any) -> None:
+        """Capture it, with `rows` where it looks for them."""
         device = slots.token_ids.device
         self._token_ids = torch.zeros(1, size, dtype=torch.int64, device=device)
         self._slot, self._last = torch.zeros(2, 1, dtype=torch.int64, device=device)
-        self._rows = None
-        if rows is not None:
-            table = rows.table.new_zeros((size, *rows.table.shape[1:]))
-            self._rows = rows.moved(table, torch.zeros_like(self._token_ids))
-        # A graph keeps alive nothing that it reads: all of it belongs to this object, or to the model and the slots.
-        self._lengths = torch.arange(size, dtype=torch.int32, device=device)
-        self._operations = operations = _PromptKernels(device, slot=self._slot, start=0)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            x = _stream(model, slots, operations, self._token_ids[0], self._rows, lengths=self._lengths)
-            self._logits = operations.logits(x.index_select(0, self._last), model.norm, model.head)
+        self._rows = rows = None if rows is None else rows.moved(rows.table, rows.index[:, :size])
+        lengths = torch.arange(size, dtype=torch.int32, device=device)
+        operations = _PromptKernels(device, slot=self._slot, start=0)
+
+        def compute() -> Tensor:
+            x = _stream(model, slots, operations, self._token_ids[0], rows, lengths=lengths)
+            return operations.logits(x.index_select(0, self._last), model.norm, model.head)
+
+        self._compute = compute  # it keeps alive what the graph reads, which the graph does not
+        self._graph, self._logits = _captured(compute, pool)
 
     def run(self, token_ids: Int[Tensor, "1 T"], rows: MemoryRows | None, slot: int) -> Float[Tensor, "1 V"]:
         """Compute a chunk into `slot`."""
@@ -90,6 +111,14 @@ class _FirstChunk:
             self._rows.index[:, :count] = rows.index
         self._graph.replay()
         return self._logits.clone()
+
+
+def _captured(compute: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of `compute`, and the tensor over which each replay writes its result."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = compute()
+    return graph, result
 
 
 class _PromptKernels(WideKernels):
