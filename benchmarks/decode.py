@@ -276,7 +276,7 @@ def gather(bench: Bench, rows: str, *, cold: bool = False) -> dict[str, Any]:
 
 
 def protocol(bench: Bench) -> list[tuple[str, Callable[[], dict[str, Any]], int]]:
-    """Kind, measurement and most seconds of every entry, the most important first."""
+    """Kind, measurement and most seconds of each entry: the most important first, a warm page cache before a cold."""
     run, (some, few, many) = partial(decode, bench), bench.scale.batches
     largest = bench.scale.largest_capacity
     return [
@@ -290,6 +290,8 @@ def protocol(bench: Bench) -> list[tuple[str, Callable[[], dict[str, Any]], int]
         ("prefill", partial(prefill, bench, "memory", "device"), 45),
         ("prefill", partial(prefill, bench, "memory", "host"), 45),
         ("decode", partial(decode_from_disk, bench, "disk + hot", cold=False), 60),
+        ("decode", partial(decode_from_disk, bench, "disk", cold=False), 60),
+        *[("gather", partial(gather, bench, rows), 45) for rows in ("device", "host", "disk")],
         ("decode", partial(decode_from_disk, bench, "disk + hot", cold=True), 60),
         ("memory", partial(run, "memory", "carried host", prefill_chunk=bench.scale.small_chunk), 45),
         ("memory", partial(run, "base", prefill_chunk=bench.scale.small_chunk), 45),
@@ -303,8 +305,6 @@ def protocol(bench: Bench) -> list[tuple[str, Callable[[], dict[str, Any]], int]
         ("decode", partial(run, "memory", "device", int8="all"), 60),
         ("decode", partial(run, "memory", "device", batch=few), 60),
         ("decode", partial(run, "base", batch=few), 60),
-        *[("gather", partial(gather, bench, rows), 45) for rows in ("device", "host", "disk")],
-        ("decode", partial(decode_from_disk, bench, "disk", cold=False), 60),
         ("prefill", partial(prefill, bench, "flex3", "device"), 45),
         ("gather", partial(gather, bench, "disk", cold=True), 45),
         ("decode", partial(run, "memory", "device", batch=many, capacity=largest), 90),

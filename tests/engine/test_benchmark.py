@@ -61,7 +61,7 @@ def test_every_entry_is_measured(results):
 
 def test_the_page_cache_is_reported(results):
     disk = [entry for entry in results["entries"] if "cache" in entry]
-    assert [entry["cache"] for entry in disk] == ["warm", "cold", "warm"]
+    assert [entry["cache"] for entry in disk] == ["warm", "warm", "cold"]
     assert all(0 <= entry["cached_share_before"] <= 1 for entry in disk)
 
 
