@@ -149,12 +149,13 @@ class _PromptKernels(WideKernels):
 
     def attend(self, query: Tensor, *, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         assert self._new is not None
+        new, self._new = self._new, None
         count, num_heads = query.shape[:2]
         stop = self._start + count
         grouped = num_heads != keys.shape[1]
         mask = None
         if self._start == 0:
-            key, value = (tensor.transpose(0, 1)[None] for tensor in self._new)  # (1, G, T, E)
+            key, value = (tensor.transpose(0, 1)[None] for tensor in new)  # (1, G, T, E)
         else:
             key, value = (tensor.index_select(0, self._slot)[:, :, :stop] for tensor in (keys, values))
             if count > 1:
