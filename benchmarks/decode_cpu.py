@@ -24,18 +24,18 @@ from pathlib import Path
 
 started = time.perf_counter()
 
-import torch  # noqa: E402 - its import is timed
+import torch  # noqa: E402 - importing it, and what imports it, is timed
 
-from flexmemory.config import ModelConfig  # noqa: E402
-from flexmemory.engine.loading import load_model  # noqa: E402
-from flexmemory.model.accounting import kv_cache_bytes  # noqa: E402
-from flexmemory.model.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
-from flexmemory.model.kv_cache import KVCache  # noqa: E402
-from flexmemory.model.transformer import Transformer  # noqa: E402
-from flexmemory.presets import get_preset  # noqa: E402
-from flexmemory.provenance import provenance  # noqa: E402
-from flexmemory.storage import atomic_folder, write_json  # noqa: E402
-from flexmemory.tol.format import MANIFEST, plan, shard_header  # noqa: E402
+from flexmemory.config import ModelConfig  # noqa: E402 - as said
+from flexmemory.engine.loading import load_model  # noqa: E402 - as said
+from flexmemory.model.accounting import kv_cache_bytes  # noqa: E402 - as said
+from flexmemory.model.checkpoint import Checkpoint, save_checkpoint  # noqa: E402 - as said
+from flexmemory.model.kv_cache import KVCache  # noqa: E402 - as said
+from flexmemory.model.transformer import Transformer  # noqa: E402 - as said
+from flexmemory.presets import get_preset  # noqa: E402 - as said
+from flexmemory.provenance import provenance  # noqa: E402 - as said
+from flexmemory.storage import atomic_folder, write_json  # noqa: E402 - as said
+from flexmemory.tol.format import MANIFEST, plan, shard_header  # noqa: E402 - as said
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = 64

@@ -27,7 +27,8 @@ def ranked_stream(data: Path, count: int) -> np.ndarray:
     ranks = np.empty(dataset.vocab_size, np.uint32)
     ranks[order] = np.arange(dataset.vocab_size, dtype=np.uint32)
     held_out = dataset.validation
-    assert held_out is not None and len(held_out) >= count, f"{data} holds too little out for {count} tokens"  # noqa: PT018
+    if held_out is None or len(held_out) < count:
+        raise SystemExit(f"{data} holds too little out for {count} tokens")
     return ranks[held_out.read(0, count)]
 
 

@@ -95,6 +95,7 @@ def test_any_schedule_gives_the_tokens_of_the_reference(loaded, poisoned, name, 
         if requests and rng.random() < 0.03:
             engine.cancel(rng.choice(requests))
         engine.step()
+        assert engine.slots.running == set(engine.slots.active.nonzero().flatten().tolist())
     for request in requests:
         expected = expected_of(model, request)
         if request.finish_reason == "cancelled":

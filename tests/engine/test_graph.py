@@ -180,7 +180,9 @@ def fails_at(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, failing)
 
 
-@pytest.mark.parametrize(("place", "call"), [("_learn_fresh", 15), ("_choose", 4)])  # before a step, and in its capture
+@pytest.mark.parametrize(
+    ("place", "call"), [("_deliver_fresh", 15), ("_choose", 4)]
+)  # before a step, and in its capture
 @pytest.mark.parametrize("kind", ["hot host", "hot disk"])
 def test_out_of_memory_halves_the_hot_set_and_changes_no_token(saved, tmp_path, monkeypatch, caplog, kind, place, call):
     from flexmemory.engine import prompt

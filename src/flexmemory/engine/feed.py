@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from flexmemory.engine.plain import RowOf
@@ -26,8 +26,9 @@ from flexmemory.tol.tiers import DeviceRows, HostRows, RowTier
 
 WORDS = 1024
 """Words of four bytes that a program copies."""
-PATIENCE = 10_000_000
-"""Looks into the mailbox, of about a microsecond each, before a step gives up and takes whatever is there."""
+PATIENCE = 2**30
+"""Looks into the mailbox, of about a microsecond each, before a step gives up and takes whatever is there: a quarter of
+an hour, so that a host which lives is always waited for, and one which does not cannot block the GPU for good."""
 
 
 @triton.jit
@@ -60,9 +61,9 @@ def _stage(
 class RowFeed:
     """Rows of the tokens of slots [0, n) in a step."""
 
-    def __init__(self, tier: RowTier, slots: Slots) -> None:
-        """Feed from `tier`: `DeviceRows`, `HostRows`, `DiskRows`, or `HotRows` over one of them."""
-        self._slots = slots
+    def __init__(self, tier: RowTier, slots: Slots, *, steps: Int64[Tensor, " S"]) -> None:
+        """Feed from `tier`: `DeviceRows`, `HostRows`, `DiskRows`, or `HotRows` over one; `steps` counts each slot's."""
+        self._slots, self._steps = slots, steps
         hot, below = (tier.hot, tier.tier) if isinstance(tier, HotRows) else (None, tier)
         first = int(tier.embedding)
         self._places = {layer: first + number for number, layer in enumerate(tier.layers)}
@@ -79,7 +80,6 @@ class RowFeed:
         self._staged = torch.zeros((num_slots, *shape), dtype=tier.dtype, device=device)
         self._own = torch.arange(num_slots, device=device)
         self._words = self._staged[0].nbytes // 4
-        self._steps = torch.zeros(num_slots, dtype=torch.int64, device=device)
         if isinstance(below, HostRows):
             self._below = below.table
         else:
@@ -87,10 +87,6 @@ class RowFeed:
             self._ready = torch.zeros(num_slots, dtype=torch.int64, pin_memory=True)
             self._mail = self._below.view(torch.uint8).flatten(2).numpy()  # (2, S, row_bytes)
             self._ready_view = self._ready.numpy()
-
-    def bind_steps(self, steps: Tensor) -> None:
-        """`steps` (S,) counts each slot's steps on the device."""
-        self._steps = steps
 
     def use(self, hot: HotSet) -> None:
         """Take another hot set; steps captured so far must not run again."""

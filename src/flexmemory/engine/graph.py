@@ -95,11 +95,11 @@ class GraphDecoder:
         """How often each token came, in the memory of `Traffic.counts`."""
         self._model, self._slots, self._forced = model, slots, forced
         device, num_slots = slots.token_ids.device, len(slots.token_ids)
-        self._feed = None if tier is None else RowFeed(tier, slots)
         self._narrow = NarrowKernels(device, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
         self._wide = WideKernels(device)
         self._steps = torch.zeros(num_slots, dtype=torch.int64, device=device)
         """Steps of each slot, active or not."""
+        self._feed = None if tier is None else RowFeed(tier, slots, steps=self._steps)
         self._launched = [0] * num_slots
         """The same, as the host launched them."""
         self._sequence = [0] * num_slots
@@ -111,18 +111,17 @@ class GraphDecoder:
         self._in_flight: list[_Ticket] = []
         self._graphs: dict[tuple[int, How], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        if self._feed is not None:
-            self._feed.bind_steps(self._steps)
 
     def launch(self, num_slots: int) -> _Ticket:
         """As `Decoder.launch`."""
         bucket = min(1 << (num_slots - 1).bit_length(), len(self._launched))
-        self._learn_fresh(bucket)
+        self._deliver_fresh()
         graph = self._graphs.get((bucket, self._slots.how))
         if graph is None:
             graph = self._capture(bucket, self._slots.how)
         graph.replay()
-        ticket = _Ticket(self, self._launched[:num_slots], self._sequence[:num_slots])
+        sequences = [self._sequence[slot] if slot in self._slots.running else None for slot in range(num_slots)]
+        ticket = _Ticket(self, self._launched[:num_slots], sequences)
         for slot in range(bucket):
             self._launched[slot] += 1
         self._in_flight.append(ticket)
@@ -175,7 +174,7 @@ class GraphDecoder:
             self._slots.fresh.update(self._slots.active.nonzero().flatten().tolist())
             torch.cuda.empty_cache()
 
-    def _learn_fresh(self, bucket: int) -> None:
+    def _deliver_fresh(self) -> None:
         """Deliver the rows that new sequences begin with."""
         for slot in sorted(self._slots.fresh):
             self._sequence[slot] += 1
@@ -277,8 +276,10 @@ class GraphDecoder:
 class _Ticket:
     """A launched step."""
 
-    def __init__(self, decoder: GraphDecoder, steps: list[int], sequences: list[int]) -> None:
-        self._decoder, self.steps, self.sequences = decoder, steps, sequences
+    def __init__(self, decoder: GraphDecoder, steps: list[int], sequences: list[int | None]) -> None:
+        self._decoder, self.steps = decoder, steps
+        self.sequences = sequences
+        """The sequence of each slot; None where the slot does not run."""
         self._tokens: list[int | OSError] | None = None
 
     def tokens(self) -> list[int | OSError]:

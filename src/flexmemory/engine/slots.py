@@ -49,6 +49,8 @@ class Slots:
         """The settings of each slot."""
         self.how: How = "greedy"
         """What the settings of all slots need of a decode step."""
+        self.running: set[int] = set()
+        """The active slots, as the host knows them."""
         self.fresh: set[int] = set()
         """Active slots whose next input no decode step chose: a decoder that must know it looks, and clears this."""
         self._settings = [Sampling()] * num_slots
@@ -68,6 +70,7 @@ class Slots:
     def _reset(self, slot: int, sampling: Sampling) -> None:
         self.active[slot] = False
         self.lengths[slot] = 0
+        self.running.discard(slot)
         self.fresh.discard(slot)
         self._set_sampling(slot, sampling)
 
@@ -86,12 +89,15 @@ class Slots:
         token = sample(logits, self.sampling[one], self.lengths[one], self._settings[slot].how)
         self.token_ids[one] = token
         self.active[slot] = True
+        self.running.add(slot)
         self.fresh.add(slot)
         return token
 
     def stop(self, slot: int) -> None:
         """Decode no further; what was launched stays valid."""
         self.active[slot] = False
+        self.running.discard(slot)
+        self.fresh.discard(slot)
 
     def move(self, source: int, target: int, *, length: int) -> None:
         """Move a sequence of at most `length` tokens to a free slot, and give its own back."""
@@ -99,7 +105,9 @@ class Slots:
         self.states[:, :, target, :, :length] = self.states[:, :, source, :, :length]
         for tensor in (self.token_ids, self.lengths, self.active):
             tensor[target] = tensor[source]
-        self.fresh.add(target)
+        if source in self.running:
+            self.running.add(target)
+            self.fresh.add(target)
         self.close(source)
 
     def advance(self, logits: Float[Tensor, "n V"], how: How) -> Int[Tensor, " n"]:
