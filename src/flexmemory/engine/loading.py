@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from flexmemory.device import free_memory
 from flexmemory.engine.engine import Engine
@@ -55,21 +57,16 @@ class LoadedModel:
         Raises:
             ValueError: a size is impossible.
         """
-        decoder = None
-        if self.model.device.type == "cuda" and (self.tier is not None or not self.model.config.has_memory):
-            from flexmemory.engine.graph import GraphDecoder  # Triton is there where a GPU is
-
-            learn = 0
-            if self.placement is not None and self.placement.store is not None and self.placement.store.counts is None:
-                learn = self.placement.hot_rows
-            decoder = partial(GraphDecoder, self.model, tier=self.tier, learn=learn)
-        return Engine(
+        learn = 0
+        if self.placement is not None and self.placement.store is not None and self.placement.store.counts is None:
+            learn = self.placement.hot_rows
+        return engine_of(
             self.model,
-            row_source=self.row_source,
+            self.tier,
+            learn=learn,
             max_sequences=max_sequences,
             max_length=max_length,
             prefill_chunk=prefill_chunk,
-            decoder=decoder,
         )
 
     def describe(self) -> str:
@@ -81,6 +78,45 @@ class LoadedModel:
             f"{self.table_bytes / 1e6:,.2f} MB of rows in {self.rows} memory" if self.table_bytes else "rows on disk"
         )
         return f"{text} (FFN weights that rows replace were not loaded), {where}"
+
+
+def can_capture(model: Transformer, tier: RowTier | None) -> bool:
+    """Whether decode steps can be CUDA graphs: on a GPU, with rows that are looked up, or none."""
+    return model.device.type == "cuda" and (tier is not None or not model.config.has_memory)
+
+
+def engine_of(
+    model: Transformer,
+    tier: RowTier | None,
+    *,
+    learn: int = 0,
+    forced: Int[Tensor, "S C"] | None = None,
+    max_sequences: int = 1,
+    max_length: int | None = None,
+    prefill_chunk: int = PREFILL_TOKENS,
+) -> Engine:
+    """An engine for `model` with rows from `tier`; `learn` and `forced`, of captured steps only, as in `GraphDecoder`.
+
+    Raises:
+        ValueError: a size is impossible.
+    """
+    decoder = None
+    if can_capture(model, tier):
+        from flexmemory.engine.graph import GraphDecoder  # Triton is there where a GPU is
+
+        decoder = partial(GraphDecoder, model, tier=tier, learn=learn, forced=forced)
+    return Engine(
+        model,
+        row_source=_row_source(model, tier),
+        max_sequences=max_sequences,
+        max_length=max_length,
+        prefill_chunk=prefill_chunk,
+        decoder=decoder,
+    )
+
+
+def _row_source(model: Transformer, tier: RowTier | None) -> RowSource | None:
+    return None if tier is None else partial(lookup, tier, dtype=model.dtype, device=model.device)
 
 
 def load_model(
@@ -149,7 +185,7 @@ def load_model(
         )
     return LoadedModel(
         model=model,
-        row_source=None if tier is None else partial(lookup, tier, dtype=model.dtype, device=model.device),
+        row_source=_row_source(model, tier),
         rows=chosen,
         weight_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         table_bytes=table_bytes,

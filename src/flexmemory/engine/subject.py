@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from flexmemory.config import ModelConfig
 from flexmemory.engine.engine import Engine
 from flexmemory.engine.int8 import Int8Part, quantize
+from flexmemory.engine.loading import can_capture, engine_of
 from flexmemory.engine.placement import PREFILL_TOKENS
 from flexmemory.model.accounting import kv_cache_bytes
 from flexmemory.model.transformer import Transformer
@@ -25,7 +25,7 @@ from flexmemory.tol.contract import RowTier
 from flexmemory.tol.format import MANIFEST, plan, shard_header
 from flexmemory.tol.hot import HotRows
 from flexmemory.tol.store import ToLStore
-from flexmemory.tol.tiers import DeviceRows, lookup
+from flexmemory.tol.tiers import DeviceRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Subject:
     @property
     def captured(self) -> bool:
         """Whether decode steps are CUDA graphs; these alone can be told their tokens."""
-        return self.model.device.type == "cuda" and (self.tier is not None or not self.model.config.has_memory)
+        return can_capture(self.model, self.tier)
 
     @property
     def weight_bytes(self) -> int:
@@ -79,20 +79,13 @@ class Subject:
         Raises:
             ValueError: a size is impossible.
         """
-        model, tier = self.model, self.tier
-        decoder = None
-        if self.captured:
-            from flexmemory.engine.graph import GraphDecoder  # Triton is there where a GPU is
-
-            tokens = None if forced is None else forced.to(model.device)
-            decoder = partial(GraphDecoder, model, tier=tier, forced=tokens)
-        return Engine(
-            model,
-            row_source=None if tier is None else partial(lookup, tier, dtype=model.dtype, device=model.device),
+        return engine_of(
+            self.model,
+            self.tier,
+            forced=None if forced is None else forced.to(self.model.device),
             max_sequences=max_sequences,
             max_length=max_length,
             prefill_chunk=prefill_chunk,
-            decoder=decoder,
         )
 
 
