@@ -180,6 +180,15 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path, prepared, whole):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+@pytest.fixture
+def _interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background and a shell made them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_second_interrupt_stops_at_once(tmp_path, prepared, monkeypatch):
     raise_at(monkeypatch, 12, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
