@@ -53,19 +53,19 @@ SETTINGS = [
     Setting(cells=cells, **change)
     for change in (
         {},
+        {"embedding_lr": 2.0},
         {"memory_lr": 0.5},
         {"memory_lr": 2.0},
         {"seed": 1},
-        {"memory_lr": 0.25},
+        {"embedding_lr": 4.0},
         {"init": 0.5},
-        {"embedding_lr": 2.0},
-        {"optimizer": "muon"},
         {"lr": 0.5},
         {"lr": 2.0},
-        {"embedding_lr": 0.5},
+        {"memory_lr": 0.25},
+        {"optimizer": "muon"},
+        {"embedding_lr": 2.0, "seed": 1},
         {"memory_lr": 0.5, "seed": 1},
         {"optimizer": "muon", "seed": 1},
-        {"memory_lr": 0.25, "seed": 1},
     )
     for cells in (1, 4)
 ]
