@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,7 +124,7 @@ class Engine:
             raise ValueError(f"the prompt has {len(prompt_ids)} tokens; expected 1 to {self.max_length - 1}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
-        token_ids = torch.tensor([list(prompt_ids)])
+        token_ids = torch.from_numpy(np.array(prompt_ids, dtype=np.int64))[None]  # much faster than of a list
         check_token_ids(token_ids, self._model.config.vocab_size)
         pieces = token_ids.split(self._prefill_chunk, dim=1)
         request = Request(
@@ -228,6 +229,8 @@ class Engine:
     def _admit(self, request: Request) -> None:
         request.slot = min(self._free)
         self._free.remove(request.slot)
+        if not self._filling:
+            self._prefill.fetch(request.chunks[0])
         self.slots.open(request.slot, request.sampling)
         self._filling.append(request)
 

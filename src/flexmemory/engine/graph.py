@@ -94,6 +94,7 @@ class GraphDecoder:
         self._asked = self._hot_rows.traffic.counts.numpy() if learn and self._hot_rows is not None else None
         """How often each token came, in the memory of `Traffic.counts`."""
         self._model, self._slots, self._forced = model, slots, forced
+        slots.masked = True
         device, num_slots = slots.token_ids.device, len(slots.token_ids)
         self._narrow = NarrowKernels(device, pdl=torch.cuda.get_device_capability(device) >= (9, 0))
         self._wide = WideKernels(device)

@@ -36,19 +36,22 @@ class Prefill:
         """Fill `slots` by chunks of up to `longest` tokens; rows are computed unless `row_source` gives them."""
         self._model, self._slots, self._row_source = model, slots, row_source
         self._device = model.device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        # Streams are handed out again and again: one of high priority is none that a captured step uses meanwhile.
+        self._stream = torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
         self._prompts = None
         if self._stream is not None:
             from flexmemory.engine.prompt import Prompts  # Triton is there where a GPU is
 
             self._prompts = Prompts(model, slots, longest=longest)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefill-rows")
+        self._fixed: MemoryRows | None = None
+        """Rows that the model's device holds for good: none are to be fetched."""
         # Rows that a GPU may still be reading: their memory must not go to the fetching stream.
         self._in_use: collections.deque[tuple[torch.cuda.Event, Rows]] = collections.deque()
 
     def fetch(self, chunk: Chunk) -> None:
         """Begin to fetch the rows of a chunk, unless that was done."""
-        if self._row_source is not None and chunk.rows is None:
+        if self._row_source is not None and chunk.rows is None and self._fixed is None:
             chunk.rows = self._thread.submit(self._fetch, self._row_source, chunk.token_ids)
 
     def _fetch(self, row_source: RowSource, token_ids: Tensor) -> Rows:
@@ -75,7 +78,13 @@ class Prefill:
             chunk.rows = None
             if then is not None:
                 self.fetch(then)
-        token_ids = chunk.token_ids if self._stream is None else chunk.token_ids.pin_memory()
+        token_ids = chunk.token_ids
+        if self._stream is not None:
+            token_ids = token_ids.pin_memory().to(self._device, non_blocking=True)
+        if isinstance(rows, MemoryRows) and rows.fixed:
+            self._fixed = rows
+        if self._fixed is not None:
+            rows = self._fixed.under(token_ids)
         try:
             logits = self._logits(token_ids, rows, slot, start=chunk.start)
         finally:
@@ -103,7 +112,7 @@ class Prefill:
             if not model.config.has_memory:
                 return self._prompts.logits(token_ids, None, slot, start=start)
         cache = slots.prompt_cache(slot, length=start)
-        return model.head(model.hidden_states(token_ids.to(self._device), rows, cache)[:, -1])
+        return model.head(model.hidden_states(token_ids, rows, cache)[:, -1])
 
     def _hold(self, rows: Rows) -> None:
         event = torch.cuda.Event()

@@ -52,7 +52,7 @@ class Prompts:
             if size in self._captured:
                 return self._captured[size].run(token_ids, rows, slot)
             self._seen.add(size)
-        ids = token_ids[0].to(self._model.device, non_blocking=True)
+        ids = token_ids[0]
         operations = _PromptKernels(ids.device, slot=torch.full((1,), slot, device=ids.device), start=start)
         lengths = torch.arange(start, start + count, dtype=torch.int32, device=ids.device)
         x = _stream(self._model, self._slots, operations, ids, rows, lengths=lengths)
@@ -68,8 +68,10 @@ class Prompts:
     def _capture(self, size: int, rows: MemoryRows | None) -> _FirstChunk:
         """A captured chunk, for rows that look like `rows`."""
         if rows is not None and self._rows is None:
-            table = rows.table.new_zeros((self._largest, *rows.table.shape[1:]))
-            self._rows = rows.moved(table, rows.index.new_zeros(1, self._largest))
+            self._rows = rows
+            if not rows.fixed:
+                table = rows.table.new_zeros((self._largest, *rows.table.shape[1:]))
+                self._rows = rows.moved(table, rows.index.new_zeros(1, self._largest))
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # one for all: they never run at once, and keep no result
         return _FirstChunk(self._model, self._slots, size=size, rows=self._rows, pool=self._pool)
@@ -88,7 +90,9 @@ class _FirstChunk:
         device = slots.token_ids.device
         self._token_ids = torch.zeros(1, size, dtype=torch.int64, device=device)
         self._slot, self._last = torch.zeros(2, 1, dtype=torch.int64, device=device)
-        self._rows = rows = None if rows is None else rows.moved(rows.table, rows.index[:, :size])
+        if rows is not None:
+            rows = rows.under(self._token_ids if rows.fixed else rows.index[:, :size])
+        self._rows = rows
         lengths = torch.arange(size, dtype=torch.int32, device=device)
         operations = _PromptKernels(device, slot=self._slot, start=0)
 
@@ -102,10 +106,10 @@ class _FirstChunk:
     def run(self, token_ids: Int[Tensor, "1 T"], rows: MemoryRows | None, slot: int) -> Float[Tensor, "1 V"]:
         """Compute a chunk into `slot`."""
         count = token_ids.shape[1]
-        self._token_ids[:, :count].copy_(token_ids, non_blocking=True)
+        self._token_ids[:, :count] = token_ids
         self._slot.fill_(slot)
         self._last.fill_(count - 1)
-        if rows is not None:
+        if rows is not None and not rows.fixed:
             assert self._rows is not None
             self._rows.table[: len(rows.table)] = rows.table
             self._rows.index[:, :count] = rows.index

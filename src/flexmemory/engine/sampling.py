@@ -76,10 +76,10 @@ class SamplingTensors:
 
     def __setitem__(self, request: int, sampling: Sampling) -> None:
         """Set one request's."""
-        self.temperature[request] = sampling.temperature
-        self.top_k[request] = sampling.top_k
-        self.top_p[request] = sampling.top_p
-        self.seeds[request] = sampling.seed
+        self.temperature[request].fill_(sampling.temperature)
+        self.top_k[request].fill_(sampling.top_k)
+        self.top_p[request].fill_(sampling.top_p)
+        self.seeds[request].fill_(sampling.seed)
 
     def __getitem__(self, some: slice) -> SamplingTensors:
         """Views of some requests'."""

@@ -53,14 +53,18 @@ class Slots:
         """The active slots, as the host knows them."""
         self.fresh: set[int] = set()
         """Active slots whose next input no decode step chose: a decoder that must know it looks, and clears this."""
+        self.masked = False
+        """Whether all that reads the cache leaves out what lies beyond a slot's length; else slots are cleared."""
         self._settings = [Sampling()] * num_slots
 
     def open(self, slot: int, sampling: Sampling) -> None:
         """Take a slot for a new sequence.
 
-        Its cache is cleared: what is masked is multiplied by zero, and NaN from whatever was there would pass.
+        Its cache is cleared, unless `masked`: where what lies beyond its length is multiplied by zero, NaN from
+        whatever was there would pass.
         """
-        self.states[:, :, slot] = 0
+        if not self.masked:
+            self.states[:, :, slot] = 0
         self._reset(slot, sampling)
 
     def close(self, slot: int) -> None:
@@ -68,34 +72,35 @@ class Slots:
         self._reset(slot, Sampling())
 
     def _reset(self, slot: int, sampling: Sampling) -> None:
-        self.active[slot] = False
-        self.lengths[slot] = 0
+        self.active[slot].fill_(False)  # unlike `= False`, it waits for no GPU
+        self.lengths[slot].fill_(0)
         self.running.discard(slot)
         self.fresh.discard(slot)
         self._set_sampling(slot, sampling)
 
     def _set_sampling(self, slot: int, sampling: Sampling) -> None:
-        self.sampling[slot] = sampling
+        if sampling != self._settings[slot]:
+            self.sampling[slot] = sampling
         self._settings[slot] = sampling
         self.how = how_to_sample(self._settings)
 
     def filled(self, slot: int, length: int) -> None:
         """`length` tokens of the prompt are in the cache."""
-        self.lengths[slot] = length
+        self.lengths[slot].fill_(length)
 
     def start(self, slot: int, logits: Float[Tensor, "1 V"]) -> Int[Tensor, " 1"]:
         """Choose the first new token of a filled slot, its next input; a decode step moves it on from here."""
         one = slice(slot, slot + 1)
         token = sample(logits, self.sampling[one], self.lengths[one], self._settings[slot].how)
         self.token_ids[one] = token
-        self.active[slot] = True
+        self.active[slot].fill_(True)
         self.running.add(slot)
         self.fresh.add(slot)
         return token
 
     def stop(self, slot: int) -> None:
         """Decode no further; what was launched stays valid."""
-        self.active[slot] = False
+        self.active[slot].fill_(False)
         self.running.discard(slot)
         self.fresh.discard(slot)
 

@@ -7,6 +7,7 @@ from. Dimension key: B batch, T tokens, U unique ids, L layers, D model width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -47,9 +48,11 @@ class MemoryRows:
         *,
         layers: Sequence[int] | None = None,
         embedding: bool = False,
+        fixed: bool = False,
     ) -> None:
-        """Bind an index to a table."""
+        """Bind an index to a table, which is `fixed` where all other batches' rows are in the same one."""
         self.table = table
+        self.fixed = fixed
         self.index = index
         # One unbind, not a select for each: its backward is one stack instead of many zero-padded tables.
         slices = table.unbind(1)
@@ -69,6 +72,12 @@ class MemoryRows:
     def moved(self, table: Float[Tensor, "U slices D"], index: Int[Tensor, "B T"]) -> MemoryRows:
         """The same slices in another table, under another index."""
         return MemoryRows(table, index, layers=tuple(self._layers), embedding=self._embedding is not None)
+
+    def under(self, index: Int[Tensor, "B T"]) -> MemoryRows:
+        """The same table under another index."""
+        rows = copy.copy(self)
+        rows.index = index
+        return rows
 
     def embeddings(self) -> Float[Tensor, "B T D"] | None:
         """The input embeddings, or None where the table does not hold them and the model looks them up."""

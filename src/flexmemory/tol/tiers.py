@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flexmemory.model.memory import MemoryRows, unique_ids
+from flexmemory.model.transformer import check_token_ids
 from flexmemory.tol.codec import get_codec
 from flexmemory.tol.contract import RowTier, check_gather
 from flexmemory.tol.disk import DiskRows
@@ -98,12 +99,19 @@ def open_rows(store: ToLStore, where: Where, *, device: torch.device | str) -> D
 def lookup(
     tier: RowTier, token_ids: Int[Tensor, "B T"], *, dtype: torch.dtype, device: torch.device | None = None
 ) -> MemoryRows:
-    """The rows of a batch, each unique id gathered once, in the model's `dtype`, on `device` or else the ids' own.
+    """The rows of a batch, in the model's `dtype`, on `device` or else the ids' own.
+
+    Each unique id is gathered once; a table that is there already is used as it is.
 
     Raises:
         OSError: the rows cannot be read.
         ValueError: an id is out of range (checked on the CPU).
     """
+    if isinstance(tier, DeviceRows) and (tier.dtype, tier.table.device) == (dtype, device or token_ids.device):
+        if token_ids.device.type == "cpu":
+            check_token_ids(token_ids, tier.vocab_size)
+        index = token_ids.to(tier.table.device)
+        return MemoryRows(tier.table, index, layers=tier.layers, embedding=tier.embedding, fixed=True)
     unique, index = unique_ids(token_ids)
     shape = (len(unique), tier.num_slices, tier.hidden_size)
     table = torch.empty(shape, dtype=tier.dtype, device=device or token_ids.device)
