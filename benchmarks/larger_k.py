@@ -2,8 +2,9 @@
 
     python benchmarks/larger_k.py --data DATA --out OUT.json [--preset mini-memory] [--at-once 8]
 
-Trains a preset and the same with 4 K on the same tokens of a prepared folder, with one thing changed at a time,
-the most telling runs first and several at once. Results are written after each run; those there are not made again.
+Trains a preset and, if it is a memory model, the same with 4 K on the same tokens of a prepared folder, with one thing
+changed at a time, the most telling runs first and several at once. Presets of other models show what is not peculiar
+to memory. Results are written after each run; those there are not made again.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ SETTINGS = [
         {"memory_lr": 2.0},
         {"seed": 1},
         {"embedding_lr": 4.0},
+        {"embedding_lr": 8.0},
+        {"embedding_lr": 4.0, "memory_lr": 0.5},
         {"init": 0.5},
         {"lr": 0.5},
         {"lr": 2.0},
@@ -69,6 +72,13 @@ SETTINGS = [
     )
     for cells in (1, 4)
 ]
+
+
+def settings_of(preset: str) -> list[Setting]:
+    """Those that mean something for a preset: all for a memory model."""
+    if get_preset(preset).model.architecture == "memory":
+        return SETTINGS
+    return [setting for setting in SETTINGS if setting.cells == setting.memory_lr == setting.init == 1]
 
 
 def recipe(setting: Setting, *, preset: str, total_tokens: int, batch_tokens: int) -> TrainConfig:
@@ -103,10 +113,11 @@ def run(
         intermediate_size=setting.cells * model_config.intermediate_size,
     )
     model = new_model(model_config, seed=config.seed, device=device)
-    with torch.no_grad():
-        for memory in model.memories:
-            assert memory.ffn is not None
-            memory.ffn.down.weight.mul_(setting.init)
+    if setting.init != 1:
+        with torch.no_grad():
+            for memory in model.memories:
+                assert memory.ffn is not None
+                memory.ffn.down.weight.mul_(setting.init)
     module = training_model(model, config=config, world=World(device=device))
     optimizer = Optimizer(model, config=config)
     losses, total = [], config.total_steps
@@ -161,7 +172,8 @@ def main() -> None:
     done = [Setting(**{name: entry[name] for name in names}) for entry in results["entries"]]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.at_once, mp_context=context) as pool:
-        runs = [pool.submit(run, setting, **common) for setting in SETTINGS[: options.settings] if setting not in done]
+        wanted = settings_of(options.preset)[: options.settings]
+        runs = [pool.submit(run, setting, **common) for setting in wanted if setting not in done]
         for finished in as_completed(runs):
             figures = finished.result()
             results["entries"].append(figures)
