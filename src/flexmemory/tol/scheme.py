@@ -1,0 +1,199 @@
+"""How all rows of a model are written: which codings, for which tokens, and the tensors that they need.
+
+Tokens may be divided into bands by frequency, each with codings of its own: rows are then stored in the order of
+frequency, and `order` says which token is where. A scheme is made by `tol.fit` (one codec for all) or `tol.plan` (a
+budget), and `tol.build` writes rows by it. Dimension key: U tokens, P slices of a row, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from flexmemory.tol.coding import Coding, SliceTensors, decode_slice, encode_slice
+
+_SHARED = ("mean", "basis", "codebook", "analysis")
+"""Tensors of a slice that all bands share; the others are of one band."""
+_ENCODER = ("analysis", "weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Band:
+    """Tokens whose rows are written alike."""
+
+    tokens: int
+    """How many."""
+    slices: tuple[Coding | None, ...]
+    """The coding of each slice in the row's order; None where the slice is dropped."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's rows, before padding."""
+        return sum(coding.nbytes for coding in self.slices if coding)
+
+    def offsets(self) -> tuple[int, ...]:
+        """The byte of a row at which each slice starts."""
+        offsets, at = [], 0
+        for coding in self.slices:
+            offsets.append(at)
+            at += coding.nbytes if coding else 0
+        return tuple(offsets)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How rows are written."""
+
+    codec: str
+    """A name for it: that of the codec, or `planned`."""
+    layers: tuple[int, ...]
+    """The model's layers in a row, in the row's order: the first is the last to drop."""
+    embedding: bool
+    """Whether a row begins with the token's input embedding."""
+    hidden_size: int
+    """D."""
+    bands: tuple[Band, ...]
+    """The most frequent tokens first."""
+    tensors: tuple[tuple[SliceTensors, ...], ...]
+    """What each slice of each band is coded with: `tensors[band][slice]`."""
+    order: Int64[Tensor, " V"] | None = None
+    """The token at each place; None where rows are in the order of ids."""
+    feedback: Mapping[int, Mapping[int, Float[Tensor, "D D"]]] = dataclasses.field(default_factory=dict)
+    """What an error of a layer's row takes off the rows of later layers: `feedback[layer][later] @ error`. The residual
+    stream keeps an error, so later rows can make up for part of it; decoding does not know."""
+
+    @property
+    def num_slices(self) -> int:
+        """P."""
+        return self.embedding + len(self.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return sum(band.tokens for band in self.bands)
+
+    def encode(self, rows: Float[Tensor, "U P D"], band: int) -> UInt8[Tensor, "U row_bytes"]:
+        """Rows of tokens of one band as bytes."""
+        codings, tensors = self.bands[band].slices, self.tensors[band]
+        targets = {place: rows[:, place].float() for place in range(self.num_slices)}
+        places = {layer: self.embedding + number for number, layer in enumerate(self.layers)}
+        parts: list[Tensor] = [rows.new_empty((len(rows), 0), dtype=torch.uint8)] * self.num_slices
+        in_model_order = ([0] if self.embedding else []) + [places[layer] for layer in sorted(places)]
+        for place in in_model_order:
+            coding, layer = (
+                codings[place],
+                None if self.embedding and place == 0 else self.layers[place - self.embedding],
+            )
+            target = targets[place]
+            if coding is None:
+                decoded = torch.zeros_like(target)
+            else:
+                parts[place] = encode_slice(target, coding, tensors[place])
+                if layer not in self.feedback:
+                    continue
+                decoded = decode_slice(parts[place], coding, tensors[place])
+            for later, matrix in self.feedback.get(-1 if layer is None else layer, {}).items():
+                if later in places:
+                    targets[places[later]] = targets[places[later]] - (decoded - target) @ matrix.T
+        return torch.cat(parts, dim=1)
+
+    def decode(self, data: UInt8[Tensor, "U row_bytes"], band: int) -> Float[Tensor, "U P D"]:
+        """The rows that bytes of one band hold, slice by slice: the reference of `tol.decoder`."""
+        codings = self.bands[band].slices
+        rows = torch.zeros((len(data), len(codings), self.hidden_size), device=data.device)
+        for place, (coding, offset) in enumerate(zip(codings, self.bands[band].offsets(), strict=True)):
+            if coding is not None:
+                part = data[:, offset : offset + coding.nbytes]
+                rows[:, place] = decode_slice(part, coding, self.tensors[band][place])
+        return rows
+
+    def moved(self, device: torch.device | str) -> Scheme:
+        """The same with its tensors on another device."""
+
+        def to(tensors: SliceTensors) -> SliceTensors:
+            values = {field.name: getattr(tensors, field.name) for field in dataclasses.fields(tensors)}
+            return SliceTensors(**{name: None if v is None else v.to(device) for name, v in values.items()})
+
+        return dataclasses.replace(
+            self,
+            tensors=tuple(tuple(map(to, band)) for band in self.tensors),
+            feedback={
+                layer: {later: matrix.to(device) for later, matrix in matrices.items()}
+                for layer, matrices in self.feedback.items()
+            },
+        )
+
+
+def bands_to_json(bands: Sequence[Band]) -> list[dict[str, Any]]:
+    """What a manifest or plan says of bands."""
+    return [
+        {"tokens": band.tokens, "slices": [coding and coding.to_json() for coding in band.slices]} for band in bands
+    ]
+
+
+def bands_from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Band, ...]:
+    """The inverse of `bands_to_json`.
+
+    Raises:
+        ValueError: a coding is unknown.
+    """
+    return tuple(
+        Band(
+            tokens=int(band["tokens"]),
+            slices=tuple(None if coding is None else Coding.from_json(coding) for coding in band["slices"]),
+        )
+        for band in values
+    )
+
+
+def tensors_to_file(tensors: Sequence[Sequence[SliceTensors]], *, encoder: bool) -> dict[str, Tensor]:
+    """Named tensors, as they are stored: bases in int8 with a scale for each coefficient, the others in fp16 or fp32.
+
+    Args:
+        tensors: Of each slice of each band.
+        encoder: Whether to add what only encoding needs, in fp32.
+    """
+    stored: dict[str, Tensor] = {}
+    for band, slices in enumerate(tensors):
+        for place, values in enumerate(slices):
+            for field in dataclasses.fields(values):
+                value: Tensor | None = getattr(values, field.name)
+                if value is None or (field.name in _ENCODER and not encoder):
+                    continue
+                name = f"{field.name}.{place}" if field.name in _SHARED else f"{field.name}.{place}.{band}"
+                if field.name == "basis":
+                    scale = value.abs().amax(dim=1, keepdim=True) / 127
+                    stored[name] = (value / scale).round().to(torch.int8).cpu()
+                    stored[f"basis_scale.{place}"] = scale.cpu()
+                else:
+                    stored[name] = value.to(torch.float32 if field.name in (*_ENCODER, "gain") else torch.float16).cpu()
+    return {name: value.contiguous() for name, value in stored.items()}
+
+
+def tensors_from_file(stored: Mapping[str, Tensor], *, bands: int, slices: int) -> tuple[tuple[SliceTensors, ...], ...]:
+    """The inverse of `tensors_to_file`, up to its rounding."""
+    shared: list[dict[str, Tensor]] = []
+    for place in range(slices):
+        values = {name: stored[f"{name}.{place}"].float() for name in _SHARED if f"{name}.{place}" in stored}
+        if "basis" in values:
+            values["basis"] = values["basis"] * stored[f"basis_scale.{place}"]
+        shared.append(values)
+    return tuple(
+        tuple(
+            SliceTensors(
+                **shared[place],
+                **{
+                    name: stored[f"{name}.{place}.{band}"].float()
+                    for name in ("gain", "weight")
+                    if f"{name}.{place}.{band}" in stored
+                },
+            )
+            for place in range(slices)
+        )
+        for band in range(bands)
+    )
