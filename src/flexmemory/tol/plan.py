@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from torch import Tensor
 
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.storage import atomic_folder, read_json, write_json
-from flexmemory.tol.allocate import HEADER, Allocation, Sizes, allocate, at_price
+from flexmemory.tol.allocate import HEADER, Allocation, Choice, Sizes, allocate, at_price
 from flexmemory.tol.coding import WIDTHS
 from flexmemory.tol.fit import CHUNK_TOKENS, RowSource, band_sizes, check_finite
 from flexmemory.tol.format import DATA_OFFSET, ToLMismatchError, plan_of
 from flexmemory.tol.rise import Rise
 from flexmemory.tol.scheme import Scheme, as_stored, bands_from_json, bands_to_json, tensors_from_file, tensors_to_file
 from flexmemory.tol.sensitivity import Feedback, Sensitivity
-from flexmemory.tol.transform import Sample, coded, fed_back, fit_transform, make_scheme
+from flexmemory.tol.transform import BASIS_POWER, Sample, Transform, coded, fed_back, fit_transform, make_scheme
 
 FORMAT = "flexmemory-tol-plan"
 FORMAT_VERSION = 1
@@ -116,7 +116,7 @@ def make_plan(
         counts: How often each token occurs in text like that of interest.
         budget_bytes: Of the store (`store_bytes`).
         embedding: Whether rows begin with the input embedding, in bf16.
-        basis: Whether layers have bases; by default those have one for which it pays.
+        basis: Whether layers have bases; by default both ways are tried.
         low_rank: Whether coefficients are bf16 numbers, so that only their number is chosen.
         feedback: Whether errors are fed back to later layers.
         passes: How often transforms and widths are fitted.
@@ -138,39 +138,44 @@ def make_plan(
         fixed=fixed + embedding * 2 * width * len(counts),
         widths=(16,) if low_rank else WIDTHS,
     )
-    kinds = (True,) if low_rank else (True, False) if basis is None else (basis,)
     best: tuple[float, Scheme] | None = None
-    targets = sample.rows
-    for number in range(passes):
-        power = 1.0 if low_rank else 0.25
-        transforms = [
-            {
-                kind: fit_transform(targets[:, layer], sample, layer, back.cost[layer], basis=kind, power=power)
-                for kind in kinds
-            }
-            for layer in range(layers)
-        ]
-        choices = [[transform.choice for transform in each.values()] for each in transforms]
+    for kind in (True,) if low_rank else (True, False) if basis is None else (basis,):
+        targets = sample.rows
+        for number in range(passes):
+            power = 1.0 if low_rank else BASIS_POWER
+            transforms = [
+                fit_transform(targets[:, layer], sample, layer, back.cost[layer], basis=kind, power=power)
+                for layer in range(layers)
+            ]
 
-        def scheme_of(allocation: Allocation, transforms: Any = transforms, targets: Tensor = targets) -> Scheme:
-            made = make_scheme(
-                transforms, allocation, targets, sample, tokens=tokens, layers=names, order=order, embedding=embedding,
-                feedback=back,
+            def scheme_of(
+                allocation: Allocation,
+                transforms: Sequence[Transform] = transforms,
+                targets: Float[Tensor, "U L D"] = targets,
+            ) -> Scheme:
+                made = make_scheme(
+                    transforms, allocation, targets, sample, tokens=tokens, layers=names, order=order,
+                    embedding=embedding, feedback=back,
+                )  # fmt: skip
+                return dataclasses.replace(made, tensors=as_stored(made))
+
+            scheme = _within(budget_bytes, [transform.choice for transform in transforms], sizes, scheme_of)
+            decoded = coded(scheme, sample)
+            targets = fed_back(sample.rows, decoded, back)
+            predicted = float(sensitivity.rise(decoded - sample.rows, sample.share))
+            logger.info(
+                "pass %d %s a basis: predicted rise of the perplexity %.4f %%",
+                number + 1, "with" if kind else "without", 100 * predicted,
             )  # fmt: skip
-            return dataclasses.replace(made, tensors=as_stored(made))
-
-        scheme = _within(budget_bytes, choices, sizes, scheme_of)
-        decoded = coded(scheme, sample)
-        targets = fed_back(sample.rows, decoded, back)
-        predicted = float(sensitivity.rise(decoded - sample.rows, sample.share))
-        logger.info("pass %d: predicted rise of the perplexity %.4f %%", number + 1, 100 * predicted)
-        if best is None or predicted < best[0]:
-            best = predicted, scheme
+            if best is None or predicted < best[0]:
+                best = predicted, scheme
     assert best is not None
     return Plan(scheme=best[1], size=store_bytes(best[1], num_layers=layers), predicted=best[0])
 
 
-def _within(budget_bytes: int, choices: Sequence[Any], sizes: Sizes, scheme_of: Any) -> Scheme:
+def _within(
+    budget_bytes: int, choices: Sequence[Choice], sizes: Sizes, scheme_of: Callable[[Allocation], Scheme]
+) -> Scheme:
     """The scheme of the best allocation that fits the budget to the byte."""
     target = budget_bytes
     for _ in range(20):

@@ -149,7 +149,7 @@ def _variances(numbers: Float[Tensor, "U N"], sample: Sample, bands: Sequence[sl
 
 
 def make_scheme(
-    transforms: Sequence[dict[bool, Transform]],
+    transforms: Sequence[Transform],
     allocation: Allocation,
     targets: Float[Tensor, "U L D"],
     sample: Sample,
@@ -160,11 +160,11 @@ def make_scheme(
     embedding: bool,
     feedback: Feedback,
 ) -> Scheme:
-    """The scheme that carries out an allocation; `transforms[layer][with a basis or not]`."""
+    """The scheme that carries out an allocation."""
     width = targets.shape[2]
     columns: dict[int, list[SliceTensors]] = {}
-    for layer, basis in enumerate(allocation.basis):
-        columns[layer] = _layer_tensors(transforms[layer][basis], allocation.codings[layer], targets[:, layer], sample)
+    for layer, transform in enumerate(transforms):
+        columns[layer] = _layer_tensors(transform, allocation.codings[layer], targets[:, layer], sample)
     bands, tensors = [], []
     for number, count in enumerate(tokens):
         codings = allocation.bands(number)
