@@ -72,7 +72,9 @@ class Sizes:
     """D."""
     fixed: int
     """Bytes of all rows and files that no choice changes."""
-    widths: tuple[int, ...] = (*WIDTHS,)
+    basis_bits: int = 8
+    """Of a number of a basis."""
+    widths: tuple[int, ...] = WIDTHS
     """Bits that codes may have; 16 are plain bf16 numbers, which are alone then."""
 
     def residents(self, layer: Sequence[Coding | None]) -> int:
@@ -82,7 +84,9 @@ class Sizes:
             return 0
         size = 2 * self.width + HEADER
         if any(coding.basis for coding in present):
-            size += (self.width + 4) * max(coding.num_coefficients for coding in present) + 2 * HEADER
+            size += (self.width * self.basis_bits // 8 + 4) * max(
+                coding.num_coefficients for coding in present
+            ) + 2 * HEADER
         return size + sum(
             GAIN_BYTES * coding.num_coefficients + HEADER for coding in present if coding.levels != "bf16"
         )

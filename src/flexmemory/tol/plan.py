@@ -139,8 +139,9 @@ def make_plan(
         widths=(16,) if low_rank else WIDTHS,
     )
     best: tuple[float, Scheme] | None = None
-    for kind in (True,) if low_rank else (True, False) if basis is None else (basis,):
+    for kind in _basis_bits(basis, low_rank=low_rank):
         targets = sample.rows
+        sizes = dataclasses.replace(sizes, basis_bits=kind)
         for number in range(passes):
             power = 1.0 if low_rank else BASIS_POWER
             transforms = [
@@ -164,13 +165,20 @@ def make_plan(
             targets = fed_back(sample.rows, decoded, back)
             predicted = float(sensitivity.rise(decoded - sample.rows, sample.share))
             logger.info(
-                "pass %d %s a basis: predicted rise of the perplexity %.4f %%",
-                number + 1, "with" if kind else "without", 100 * predicted,
+                "pass %d, %d bits a number of bases: predicted rise of the perplexity %.4f %%",
+                number + 1, kind, 100 * predicted,
             )  # fmt: skip
             if best is None or predicted < best[0]:
                 best = predicted, scheme
     assert best is not None
     return Plan(scheme=best[1], size=store_bytes(best[1], num_layers=layers), predicted=best[0])
+
+
+def _basis_bits(basis: bool | None, *, low_rank: bool) -> tuple[int, ...]:
+    """Bits of the numbers of bases to try; 0 is no basis."""
+    if low_rank:
+        return (8,)
+    return {None: (4, 8, 0), True: (4, 8), False: (0,)}[basis]
 
 
 def _within(
@@ -229,7 +237,7 @@ def draw_sample(
     )
 
 
-def _factors(sensitivity: Sensitivity, ids: Sequence[Int64[Tensor, " U"]]) -> Float[Tensor, "bands L"]:
+def _factors(sensitivity: Sensitivity, ids: Sequence[Tensor]) -> Float[Tensor, "bands L"]:
     """What errors cost at the tokens of each band, relative to all; 1 where the text says little of a band."""
     overall = sensitivity.token_squares.sum(0) / max(1, sensitivity.positions)
     factors = []

@@ -7,6 +7,7 @@ fitted to the loss itself. Dimension key: V vocabulary, U tokens, B windows, T t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from jaxtyping import Float, Int64
@@ -32,7 +33,7 @@ class _Slices(nn.Module):
         super().__init__()
         self.numbers, self.gains = [], nn.ParameterList()
         tensors = [band[place] for band in scheme.tensors]
-        for band, tensor, rows in zip(scheme.bands, tensors, data, strict=True):
+        for band, rows in zip(scheme.bands, data, strict=True):
             coding = band.slices[place]
             numbers = None
             if coding:
@@ -170,7 +171,7 @@ def _loss(
     ends = torch.tensor([0, *(band.tokens for band in scheme.bands)]).cumsum(0)
     bounds = torch.searchsorted(places.values, ends).tolist()
     parts = []
-    for band, (first, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for band, (first, stop) in enumerate(itertools.pairwise(bounds)):
         local = places.values[first:stop] - ends[band]
         parts.append(torch.stack([each(local, band) for each in slices], dim=1))
     back = torch.empty_like(places.indices)
