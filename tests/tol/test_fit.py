@@ -71,6 +71,7 @@ def test_int8_never_clips():
     error = (scheme.decode(data, 0) - ROWS[:, 1:]).abs()
     for place in range(L):
         gain = scheme.tensors[0][place].gain
+        assert gain is not None
         step = scale_of(data[:, place * (D + 1) : place * (D + 1) + 1]) * gain
         assert (error[:, place] <= 0.501 * step + 1e-6).all()
 

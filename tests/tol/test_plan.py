@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import save
 
+from flexmemory.model.memory import MemoryRows
 from flexmemory.tol.allocate import Choice, Sizes, allocate, falling, noise
 from flexmemory.tol.build import ModelRows
 from flexmemory.tol.fit import band_sizes, fit
@@ -12,6 +14,7 @@ from flexmemory.tol.plan import PLAN, TENSORS, load_plan, make_plan, save_plan, 
 from flexmemory.tol.rise import coded_rows, measure_rise
 from flexmemory.tol.scheme import tensors_to_file
 from flexmemory.tol.sensitivity import measure_sensitivity
+from flexmemory.tol.tune import tune
 from tests.conftest import NANO
 
 V, L, D = NANO["nano-memory"].vocab_size, NANO["nano-memory"].num_layers, NANO["nano-memory"].hidden_size
@@ -158,6 +161,29 @@ def test_embeddings_are_bf16(planned):
     assert torch.equal(rows[:, 0], source(torch.arange(V))[:, 0].bfloat16().float())
 
 
+def test_tuned_tensors_decode_the_same_codes_better(nano, planned, tmp_path):
+    source, sensitivity, counts, model, _ = planned
+    text = torch.randint(V, (64, 33), generator=torch.Generator().manual_seed(5))
+    made = make_plan(source, sensitivity, counts=counts, budget_bytes=PLAIN // 6 + 40_000, basis=True, passes=1)
+    tuned = tune(made.scheme, model, source, text, rates={"mean": 0.02, "gain": 0.02, "basis": 0.002})
+    ids = torch.arange(V)
+    rows = source(ids)[:, 1:][:, list(tuned.layers)]
+    members = tuned.order[-100:]
+    assert torch.equal(tuned.encode(rows[members], 5), made.scheme.encode(rows[members], 5))
+    assert not torch.equal(coded_rows(tuned, source, ids), coded_rows(made.scheme, source, ids))
+    own = model.head(model.hidden_states(text[:, :-1])).softmax(-1)
+    losses = []
+    for scheme in (made.scheme, tuned):
+        table = MemoryRows(coded_rows(scheme, source, ids), text[:, :-1], layers=scheme.layers)
+        logits = model.head(model.hidden_states(text[:, :-1], table)).log_softmax(-1)
+        losses.append(float(-(own * logits).sum(-1).mean()))
+    assert losses[1] < losses[0]
+    assert store_bytes(tuned, num_layers=L).total == made.size.total
+    save_plan(tmp_path / "plan", dataclasses.replace(made, scheme=tuned), nano, extra={})
+    loaded = load_plan(tmp_path / "plan", nano)
+    assert torch.equal(coded_rows(loaded, source, ids), coded_rows(tuned, source, ids))
+
+
 def test_exact_rows_cost_nothing(planned):
     source, _, _, model, text = planned
     found = measure_rise(model, text, lambda ids: source(ids)[:, 1:], layers=range(L))
@@ -182,6 +208,7 @@ def test_bits_go_where_they_save_most():
     found = allocate([choice], sizes, budget_bytes=25_000)
     assert found is not None
     (coding,) = found.bands(0)
+    assert coding is not None
     widths = [width for width, _ in coding.widths]
     assert widths == sorted(widths, reverse=True)
     assert 20_000 < sizes.nbytes(found.codings) <= 25_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from flexmemory.tol.plan import LEAST_WINDOWS, Plan, make_plan, rise_to_json, sa
 from flexmemory.tol.rise import Rise, coded_rows, measure_rise
 from flexmemory.tol.sensitivity import cached_sensitivity
 from flexmemory.tol.table import sensitivity_table
+from flexmemory.tol.tune import tune
 from flexmemory.train.data import TokenDataset
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -43,6 +45,7 @@ def plan(
     embedding: tyro.conf.FlagCreatePairsOff[bool] = False,
     measure_table: tyro.conf.FlagCreatePairsOff[bool] = False,
     cache: Path | None = None,
+    tune_tokens: int = 0,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -63,6 +66,7 @@ def plan(
         embedding: Store each token's input embedding with its rows.
         measure_table: Measure what each codec costs in each layer too, beside the prediction.
         cache: Where sensitivities are kept; by default `sensitivity` in the checkpoint's folder.
+        tune_tokens: Tune what codes are decoded with on so many further tokens of the calibration text.
         seed: Of windows, drawn next tokens and samples.
         device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
     """
@@ -72,7 +76,8 @@ def plan(
     opened = Checkpoint.open(checkpoint)
     if not opened.config.has_memory:
         raise ValueError("a dense model has no memory to plan for; ToL needs a memory or flex architecture")
-    windows = draw_windows(calibration, opened, split=split, tokens=tokens, seed=seed)
+    drawn = draw_windows(calibration, opened, split=split, tokens=tokens + tune_tokens, seed=seed)
+    windows = drawn[: len(drawn) * tokens // (tokens + tune_tokens)]
     frequencies = counts_of(calibration if counts is None else counts, opened)
     model = opened.load(device=resolve_device(device), dtype=torch.float32).requires_grad_(False)
     half = len(windows) // 2
@@ -94,6 +99,9 @@ def plan(
         low_rank=low_rank,
         seed=seed,
     )
+    if tune_tokens:
+        tuned = tune(made.scheme.moved("cpu"), model.cpu(), source, drawn[len(windows) :], seed=seed)
+        made = dataclasses.replace(made, scheme=tuned)
     scheme = made.scheme
     rise = measure_rise(
         model,

@@ -94,7 +94,7 @@ class Sizes:
     def nbytes(self, codings: Sequence[Sequence[Coding | None]]) -> int:
         """Bytes of all rows and tensors."""
         rows = sum(
-            tokens * max(1, sum(layer[band].nbytes for layer in codings if layer[band]))
+            tokens * max(1, sum(coding.nbytes for layer in codings if (coding := layer[band])))
             for band, tokens in enumerate(self.tokens)
         )
         return self.fixed + rows + sum(map(self.residents, codings))

@@ -290,7 +290,7 @@ def codebooks(numbers: Float[Tensor, "S N"], *, vector: int, seed: int) -> Float
     for part in numbers.cpu().split(vector, dim=1):
         means = faiss.Kmeans(vector, 256, niter=25, seed=seed + 1, min_points_per_centroid=1)
         means.train(part.contiguous().numpy())
-        books.append(torch.from_numpy(means.centroids.copy()))
+        books.append(torch.tensor(means.centroids))
     return torch.stack(books).half().float().to(numbers.device)
 
 

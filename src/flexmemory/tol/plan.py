@@ -40,6 +40,8 @@ FORMAT = "flexmemory-tol-plan"
 FORMAT_VERSION = 1
 PLAN = "plan.json"
 TENSORS = "plan.safetensors"
+_CHOOSING = "encoder."
+"""Begins the names of tensors that codes are chosen for, where others decode them."""
 PASSES = 3
 SAMPLE_BYTES = 2**30
 """Of rows that plans are made with, at most."""
@@ -178,7 +180,7 @@ def _basis_bits(basis: bool | None, *, low_rank: bool) -> tuple[int, ...]:
     """Bits of the numbers of bases to try; 0 is no basis."""
     if low_rank:
         return (8,)
-    return {None: (4, 8, 0), True: (4, 8), False: (0,)}[basis]
+    return {None: (4, 0), True: (4,), False: (0,)}[basis]
 
 
 def _within(
@@ -271,9 +273,11 @@ def save_plan(folder: Path, plan: Plan, checkpoint: Checkpoint, *, extra: dict[s
         OSError: a file could not be written.
     """
     scheme = plan.scheme
-    tensors = tensors_to_file(scheme.tensors, encoder=True)
+    tensors = tensors_to_file(scheme.tensors, encoder=scheme.encoder is None)
     if scheme.order is not None:
         tensors["order"] = scheme.order.to(torch.int32)
+    if scheme.encoder is not None:
+        tensors |= {_CHOOSING + name: each for name, each in tensors_to_file(scheme.encoder, encoder=True).items()}
     for layer, matrices in scheme.feedback.items():
         tensors |= {f"feedback.{layer}.{later}": matrix.half().contiguous() for later, matrix in matrices.items()}
     with atomic_folder(folder) as partial:
@@ -333,6 +337,7 @@ def load_plan(folder: Path, checkpoint: Checkpoint) -> Scheme:
 
 def _scheme(values: dict[str, Any], stored: dict[str, Tensor]) -> Scheme:
     bands = bands_from_json(values["bands"])
+    choosing = {name.removeprefix(_CHOOSING): each for name, each in stored.items() if name.startswith(_CHOOSING)}
     feedback: dict[int, dict[int, Tensor]] = {}
     for name, matrix in stored.items():
         if name.startswith("feedback."):
@@ -347,4 +352,5 @@ def _scheme(values: dict[str, Any], stored: dict[str, Tensor]) -> Scheme:
         tensors=tensors_from_file(stored, bands=bands, hidden_size=values["hidden_size"]),
         order=stored["order"].long() if "order" in stored else None,
         feedback=feedback,
+        encoder=tensors_from_file(choosing, bands=bands, hidden_size=values["hidden_size"]) if choosing else None,
     )

@@ -1,7 +1,8 @@
 """Tune what codes are decoded with: means, gains and bases, by the gradient of the model's loss, codes kept.
 
 Codes are chosen by a quadratic estimate of the loss; what decodes them is few numbers for all tokens, and can be
-fitted to the loss itself. Dimension key: V vocabulary, U tokens, B windows, T tokens, D model width, N coefficients.
+fitted to the loss itself. All coefficients are in memory meanwhile: V L D numbers.
+Dimension key: V vocabulary, U tokens, B windows, T tokens, D model width, N coefficients.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flexmemory.model.memory import MemoryRows
 from flexmemory.model.transformer import Transformer
 from flexmemory.tol.coding import SliceTensors, decode_slice
 from flexmemory.tol.fit import CHUNK_TOKENS, RowSource
-from flexmemory.tol.scheme import Scheme, as_stored
+from flexmemory.tol.scheme import Scheme, as_stored, pack_basis
 
 RATES = {"mean": 0.01, "gain": 0.01, "basis": 0.002}
 """Largest steps: of means and bases as a share of their numbers' root mean square, of gains as a share of each."""
@@ -48,9 +49,12 @@ class _Slices(nn.Module):
         self.start_mean = torch.zeros(scheme.hidden_size) if mean is None else mean
         basis = None if first is None else first.basis
         self.start_basis = basis
-        self.basis = None if basis is None else nn.Parameter(torch.zeros_like(basis))
-        found = [numbers for numbers in self.numbers if numbers is not None]
-        self.size = 1.0 if not found else float(self(torch.zeros(1, dtype=torch.int64), 0).square().mean().sqrt())
+        fine = basis is not None and pack_basis(basis)[0].dtype == torch.int8  # 4 bits are too few to tune
+        self.basis = nn.Parameter(torch.zeros_like(basis)) if basis is not None and fine else None
+        self.size = 1.0
+        with torch.no_grad():
+            if self.numbers[0] is not None:
+                self.size = float(self(torch.zeros(1, dtype=torch.int64), 0).square().mean().sqrt()) or 1.0
 
     def tuned_gain(self, band: int) -> Float[Tensor, " N"] | None:
         """Gains of a band."""
@@ -59,12 +63,12 @@ class _Slices(nn.Module):
 
     def tuned_mean(self) -> Float[Tensor, " D"]:
         """The mean."""
-        return self.start_mean + self.mean * getattr(self, "size", 1.0)
+        return self.start_mean + self.mean * self.size
 
     def tuned_basis(self) -> Float[Tensor, "N D"] | None:
         """The basis."""
         if self.start_basis is None or self.basis is None:
-            return None
+            return self.start_basis
         return self.start_basis + self.basis * self.start_basis.square().mean(1, keepdim=True).sqrt()
 
     def forward(self, places: Int64[Tensor, " U"], band: int) -> Float[Tensor, "U D"]:
