@@ -124,6 +124,7 @@ def load_model(
     *,
     tol: str | Path | None = None,
     rows: RowPlace | None = None,
+    keep_layers: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     int8: Int8Part | None = None,
@@ -139,6 +140,7 @@ def load_model(
         tol: A ToL store built from them; with it, memory weights are not read.
         rows: Where rows come from; by default `disk` with a store and `compute` without. Within a budget, as near as
             they fit (`engine/placement.py`).
+        keep_layers: Layers of each row to read, the first ones in the store's order; the others add nothing.
         device: Where the model runs.
         dtype: Of the weights and of computation; as stored by default.
         int8: Weights to make int8.
@@ -159,7 +161,10 @@ def load_model(
         raise ValueError(f"rows from {chosen!r} need {needs}")
     if tol is not None and not checkpoint.config.has_memory:
         raise ValueError(f"{checkpoint.path} is a dense model: it has no rows to look up; leave out the ToL store")
-    store = None if tol is None else ToLStore.open(tol, checkpoint=checkpoint)  # refuse before loading weights
+    if keep_layers is not None and tol is None:
+        raise ValueError("layers of rows can be left out where rows are looked up: give a ToL store (--tol DIR)")
+    # Refuse before loading weights.
+    store = None if tol is None else ToLStore.open(tol, checkpoint=checkpoint, keep_layers=keep_layers)
     placement = None
     if memory_budget is not None or host_budget is not None:
         placement = place(

@@ -22,8 +22,9 @@ from flexmemory.model.accounting import kv_cache_bytes
 from flexmemory.model.transformer import Transformer
 from flexmemory.storage import atomic_folder, write_json
 from flexmemory.tol.contract import RowTier
-from flexmemory.tol.format import MANIFEST, plan, shard_header
+from flexmemory.tol.format import MANIFEST, shard_header
 from flexmemory.tol.hot import HotRows
+from flexmemory.tol.layout import layout
 from flexmemory.tol.store import ToLStore
 from flexmemory.tol.tiers import DeviceRows
 
@@ -128,7 +129,7 @@ def random_store(folder: Path, config: ModelConfig, *, num_ids: int, embedding: 
         FileExistsError: the folder exists.
         ValueError: the model has no memory.
     """
-    manifest = plan(dataclasses.replace(config, vocab_size=num_ids), embedding=embedding)
+    manifest = layout(dataclasses.replace(config, vocab_size=num_ids), embedding=embedding)
     numbers = manifest.block_rows * manifest.stride_bytes // 2
     block = torch.empty(numbers, dtype=torch.bfloat16).normal_(0, 0.02).view(torch.uint8).numpy()
     digests: dict[int, str] = {}
