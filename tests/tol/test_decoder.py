@@ -32,20 +32,13 @@ def test_rows_are_those_of_the_reference(name, count, monkeypatch):
     out = fresh(scheme, count)
     decoder.decode(data, band, out)
     expected = decoded(scheme, data, band, torch.float32)
-    # Scales are powers of two that the reference computes anew, the last bit of which is a matter of its vectors.
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=2e-6)
+    if scheme.tensors[0][1].basis is None:
+        assert torch.equal(out, expected)
+    else:  # of which a product may be summed in another order
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=2e-6)
     rounded = fresh(scheme, count, torch.bfloat16)
     decoder.decode(data, band, rounded)
     assert torch.equal(rounded, out.bfloat16())
-
-
-@pytest.mark.parametrize("name", ["bf16", "normal5", "normal1", "nf4", "pq4x8"])
-def test_numbers_that_no_product_makes_are_the_same_bits(name):
-    scheme = scheme_of_name(name)
-    data, band = encoded(scheme, 17)
-    out = fresh(scheme, 17)
-    RowDecoder(scheme.bands, scheme.tensors, hidden_size=WIDTH, device="cpu").decode(data, band, out)
-    assert torch.equal(out, decoded(scheme, data, band, torch.float32))
 
 
 def test_one_row_is_that_of_many():

@@ -206,9 +206,15 @@ class SliceTensors:
     """Of product quantisation."""
 
 
+@functools.cache
+def all_scales() -> Float[Tensor, " 256"]:
+    """The scale of each byte, made once: what a device's powers end in is its own matter."""
+    return torch.exp2((torch.arange(256).double() - LARGEST_SCALE) / STEPS_PER_OCTAVE).float()
+
+
 def scale_of(byte: UInt8[Tensor, "U groups"]) -> Float[Tensor, "U groups"]:
     """Scales of bytes."""
-    return torch.exp2((byte.float() - LARGEST_SCALE) / STEPS_PER_OCTAVE)
+    return all_scales().to(byte.device)[byte.int()]
 
 
 def _byte_of(scale: Float[Tensor, "U groups"], *, up: bool = False) -> UInt8[Tensor, "U groups"]:

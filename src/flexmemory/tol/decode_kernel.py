@@ -20,8 +20,8 @@ import triton.language as tl
 from jaxtyping import Float, Int, Int32, Int64, UInt8
 from torch import Tensor
 
-from flexmemory.tol.coding import SliceTensors
-from flexmemory.tol.decoder import Levels, all_scales, places_of
+from flexmemory.tol.coding import SliceTensors, all_scales
+from flexmemory.tol.decoder import Levels, places_of
 from flexmemory.tol.scheme import Band
 
 BLOCK = 1024

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int, Int32, Int64, Shaped, UInt8
 from torch import Tensor
 
-from flexmemory.tol.coding import PLAIN, Coding, SliceTensors, levels_of, scale_of
+from flexmemory.tol.coding import PLAIN, Coding, SliceTensors, all_scales, levels_of
 from flexmemory.tol.scheme import Band
 
 CHUNK_NUMBERS = 1 << 19
@@ -93,11 +93,6 @@ def places_of(coding: Coding, tensors: SliceTensors, levels: Levels, *, offset: 
         scale=scale,
         gain=gain,
     )
-
-
-def all_scales() -> Float[Tensor, " 256"]:
-    """The scale of each byte."""
-    return scale_of(torch.arange(256, dtype=torch.uint8)[:, None])[:, 0]
 
 
 class RowDecoder:
