@@ -77,17 +77,15 @@ class RowFeed:
         self._staged = torch.zeros((num_slots, tier.num_slices, tier.hidden_size), dtype=tier.dtype, device=device)
         self._own = torch.arange(num_slots, device=device)
         self._words = self._staged[0].nbytes // 4
-        self._below, row_bytes = self._staged, self._staged[0].nbytes
         if isinstance(below, CodedRows) or (isinstance(below, DiskRows) and not below.store.plain):
             self._coded = _CodedFeed(below, slots, steps=steps)
-            row_bytes = self._coded.row_bytes
-        elif isinstance(below, HostRows):
+        if isinstance(below, HostRows):
             self._below = below.table
-        if self._disk is not None:
-            pitch = row_bytes if self._coded is None else self._coded.kernel.pitch
+        if isinstance(below, DiskRows):
+            pitch = self._staged[0].nbytes if self._coded is None else self._coded.kernel.pitch
             self._below = torch.zeros((2, num_slots, pitch), dtype=torch.uint8, pin_memory=True)
             self._ready = torch.zeros(num_slots, dtype=torch.int64, pin_memory=True)
-            self._mail = self._below.numpy()[:, :, :row_bytes]
+            self._mail = self._below.numpy()[:, :, : below.store.row_bytes]  # (2, S, row_bytes)
             self._ready_view = self._ready.numpy()
 
     def use(self, hot: HotSet) -> None:
@@ -183,19 +181,15 @@ class _CodedFeed:
         if isinstance(below, CodedRows):
             self._data = below.data
             self._offset, self._band = below.located(device)
-            self.row_bytes = kernel.pitch
         else:
             self._data = None
             self._band = RowIndex(below.store).band.to(device)
-            self.row_bytes = below.store.row_bytes
         self._staged = None
         if self._data is None or not self._data.is_cuda:
             shape = (len(slots.token_ids), kernel.pitch)
             self._staged = torch.zeros(shape, dtype=torch.uint8, device=device)
 
-    def stage(
-        self, out: Float[Tensor, "n P D"], hot: HotSet | None, *, mailbox: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def stage(self, out: Float[Tensor, "n P D"], hot: HotSet | None, *, mailbox: tuple[Tensor, Tensor] | None) -> None:
         """Put the rows of the first n slots into `out`; `mailbox` is where the host puts them and says so."""
         slots, kernel = self._slots, self.kernel
         chosen = slots.token_ids[: len(out)]

@@ -14,12 +14,13 @@ from torch import Tensor
 from flexmemory.device import free_memory
 from flexmemory.engine.engine import Engine
 from flexmemory.engine.int8 import Int8Part, quantize
-from flexmemory.engine.placement import PREFILL_TOKENS, Budget, Placement, StoreFacts, place
+from flexmemory.engine.placement import PREFILL_TOKENS, Budget, CodedFacts, Placement, StoreFacts, place
 from flexmemory.engine.reference import RowSource
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import Transformer
-from flexmemory.tol.codec import get_codec
+from flexmemory.tol.coded_rows import RowIndex
 from flexmemory.tol.contract import RowTier
+from flexmemory.tol.decoder import gpu_bytes
 from flexmemory.tol.disk import DiskRows
 from flexmemory.tol.hot import HotRows, HotSet
 from flexmemory.tol.store import ToLStore
@@ -205,13 +206,22 @@ def store_facts(store: ToLStore) -> StoreFacts:
     Raises:
         ValueError: its counts are damaged.
     """
-    itemsize = get_codec(store.codec).dtype.itemsize
+    coded = None
+    if not store.plain:
+        index = RowIndex(store)
+        decoder = gpu_bytes(store.bands, store.tensors, hidden_size=store.hidden_size)
+        coded = CodedFacts(
+            row_bytes=store.row_bytes,
+            table_bytes=index.nbytes,
+            decoder_bytes=decoder + index.offset.nbytes + index.band.nbytes,
+        )
     return StoreFacts(
-        row_bytes=store.num_slices * store.hidden_size * itemsize,
+        row_bytes=store.num_slices * store.hidden_size * store.decoded_dtype.itemsize,
         disk_bytes=store.nbytes,
         vocab_size=store.vocab_size,
         embedding=store.embedding,
         counts=store.counts(),
+        coded=coded,
     )
 
 
@@ -228,7 +238,7 @@ def _budget(device: torch.device, memory: int | None, host: int | None) -> Budge
 def _open_tier(store: ToLStore, where: Where, *, device: torch.device, hot_rows: int) -> tuple[RowTier, int]:
     """The rows and their bytes in memory, behind a hot set: empty, to be learnt, where there are no counts."""
     tier = open_rows(store, where, device=device)
-    table_bytes = 0 if isinstance(tier, DiskRows) else tier.table.nbytes
+    table_bytes = 0 if isinstance(tier, DiskRows) else tier.nbytes
     if not hot_rows:
         return tier, table_bytes
     known = store.manifest.counts is not None

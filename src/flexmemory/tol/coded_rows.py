@@ -13,7 +13,7 @@ from flexmemory.tol.contract import check_gather
 from flexmemory.tol.decoder import RowDecoder
 from flexmemory.tol.store import ToLStore
 
-GATHER_ROWS = 1024
+GATHER_ROWS = 512
 """Rows that are put together at once before they are decoded."""
 
 
@@ -127,14 +127,14 @@ class CodedRows:
         offset, band = self.located(device)
         ids = token_ids.to(device, non_blocking=True).long()
         rows = out if out.device == device else out.new_empty(out.shape, device=device)
-        if self.data.is_cuda:
-            kernel.decode(self.data, band, rows, chosen=ids, offset=offset)
-        else:  # few bytes cross the bus, and become many where they are needed
-            for first in range(0, len(ids), GATHER_ROWS):
-                part = ids[first : first + GATHER_ROWS]
-                staged = torch.empty((len(part), kernel.pitch), dtype=torch.uint8, device=device)
-                kernel.fetch(self.data, staged, chosen=part, count=len(part), band=band, offset=offset)
-                decoded = rows[first : first + len(part)]
-                kernel.decode(staged.view(-1), band, decoded, chosen=part, pitch=kernel.pitch)
+        for first in range(0, len(ids), GATHER_ROWS):
+            part, decoded = ids[first : first + GATHER_ROWS], rows[first : first + GATHER_ROWS]
+            if self.data.is_cuda:
+                kernel.decode(self.data, band, decoded, chosen=part, offset=offset)
+                continue
+            # Few bytes cross the bus, and become many where they are needed.
+            staged = torch.empty((len(part), kernel.pitch), dtype=torch.uint8, device=device)
+            kernel.fetch(self.data, staged, chosen=part, count=len(part), band=band, offset=offset)
+            kernel.decode(staged.view(-1), band, decoded, chosen=part, pitch=kernel.pitch)
         if rows is not out:
             out.copy_(rows)

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, Int32, Int64, UInt8
 from torch import Tensor
 
 from flexmemory.tol.coding import SliceTensors, all_scales
-from flexmemory.tol.decoder import Levels, places_of
+from flexmemory.tol.decoder import Levels, places_of, rank_of
 from flexmemory.tol.scheme import Band
 
 BLOCK = 1024
@@ -176,10 +176,13 @@ class KernelDecoder:
                 stored ones, whole numbers of 8 bits but for it, lose nothing in bf16.
         """
         slices, self._width = len(bands[0].slices), hidden_size
-        self._based = [p for p in range(slices) if any(of_band[p].basis is not None for of_band in tensors)]
-        counts = [coding.num_coefficients for band in bands for coding in band.slices if coding and coding.basis]
-        # Two coefficients more, always 1, for the mean: what bf16 keeps of it, and what that lacks.
-        self._rank = -(-(max(counts) + 2) // 8) * 8 if counts else 0
+        self._based = [
+            place
+            for place in range(slices)
+            if any(band.slices[place] and of[place].basis is not None for band, of in zip(bands, tensors, strict=True))
+        ]
+        # The last two coefficients are for the mean: what bf16 keeps of it, and what that lacks.
+        self._rank = rank_of(bands)
         columns = max(hidden_size, self._rank)
         levels = Levels()
         names = ("bit", "form", "base", "scale", "gain")

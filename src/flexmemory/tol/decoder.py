@@ -20,6 +20,8 @@ from flexmemory.tol.scheme import Band
 
 CHUNK_NUMBERS = 1 << 19
 """Coefficients decoded at once on a CPU: what is written in between stays in its cache."""
+CHUNK_ROWS = 512
+"""Rows decoded at once on a GPU: what a basis makes of them takes as much memory again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,30 @@ def places_of(coding: Coding, tensors: SliceTensors, levels: Levels, *, offset: 
     )
 
 
+def gpu_bytes(bands: Sequence[Band], tensors: Sequence[Sequence[SliceTensors]], *, hidden_size: int) -> int:
+    """Bytes of what a GPU decodes rows of `bands` with (`tol.decode_kernel.KernelDecoder.nbytes`)."""
+    codings = [
+        (coding, tensors[number][place])
+        for number, band in enumerate(bands)
+        for place, coding in enumerate(band.slices)
+        if coding
+    ]
+    levels, slices = Levels(), len(bands[0].slices)
+    for coding, of_slice in codings:
+        places_of(coding, of_slice, levels, offset=0)
+    rank = rank_of(bands)
+    based = sum(any(band.slices[p] and tensors[0][p].basis is not None for band in bands) for p in range(slices))
+    columns = max(hidden_size, rank)
+    numbers = 5 * len(bands) * slices * columns + slices * hidden_size + len(levels.all()) + len(all_scales())
+    return 4 * numbers + 2 * based * rank * hidden_size
+
+
+def rank_of(bands: Sequence[Band]) -> int:
+    """The most coefficients that a slice has of a basis, and two more, always 1, for its mean; a multiple of 8."""
+    counts = [coding.num_coefficients for band in bands for coding in band.slices if coding and coding.basis]
+    return -(-(max(counts) + 2) // 8) * 8 if counts else 0
+
+
 class RowDecoder:
     """Decodes rows of a store on one device."""
 
@@ -149,7 +175,9 @@ class RowDecoder:
             out: Contiguous bf16 or fp32 on this device.
         """
         if self.kernel is not None:
-            self.kernel.decode(data.view(-1), band, out, pitch=data.shape[1])
+            for first in range(0, len(data), CHUNK_ROWS):
+                part = slice(first, first + CHUNK_ROWS)
+                self.kernel.decode(data[part].view(-1), band[part], out[part], pitch=data.shape[1])
             return
         if len(data) == 1 or len(self._bands) == 1:
             self.decode_band(data, 0 if len(data) == 0 else int(band[0]), out)

@@ -77,8 +77,9 @@ class DiskRows:
         self.hidden_size, self.vocab_size = store.hidden_size, store.vocab_size
         self.direct = False
         """Whether reads go around the page cache now."""
+        self.store = store
+        """What is read."""
         self._mode = direct
-        self._store = store
         self._row_bytes = store.row_bytes
         self._shards, self._paths = store.manifest.shards, store.paths
         self._first_tokens = [shard.first_token for shard in self._shards]
@@ -110,7 +111,7 @@ class DiskRows:
         Raises:
             OSError: a file cannot be opened.
         """
-        self._cold = cached_share(self._store, most=SAMPLED_PAGES) < DIRECT_BELOW
+        self._cold = cached_share(self.store, most=SAMPLED_PAGES) < DIRECT_BELOW
         self.direct = self._mode == "always" or (self._mode == "auto" and self._cold)
         if self.direct and not self._direct_descriptors:
             for path in self._paths:
@@ -153,12 +154,16 @@ class DiskRows:
         if self._codec is not None:
             self._codec.decode(data, out)
             return
-        if out.device not in self._decoders:
-            self._decoders[out.device] = RowDecoder(
-                self._store.bands, self._store.tensors, hidden_size=self.hidden_size, device=out.device
+        bands = self.store.band_of(torch.from_numpy(places))
+        self.decoder(out.device).decode(data.to(out.device, non_blocking=True), bands.to(out.device), out)
+
+    def decoder(self, device: torch.device) -> RowDecoder:
+        """What decodes coded rows on a device, made once."""
+        if device not in self._decoders:
+            self._decoders[device] = RowDecoder(
+                self.store.bands, self.store.tensors, hidden_size=self.hidden_size, device=device
             )
-        bands = self._store.band_of(torch.from_numpy(places))
-        self._decoders[out.device].decode(data.to(out.device, non_blocking=True), bands.to(out.device), out)
+        return self._decoders[device]
 
     def read_row(self, token_id: int, out: UInt8[np.ndarray, " row_bytes"]) -> None:
         """Read one row, as it is stored, into `out`, for instance pinned memory; any thread may.
@@ -266,7 +271,7 @@ class DiskRows:
     def _refuse_direct(self) -> None:
         self.direct = False
         level = logging.WARNING if self._mode == "always" else logging.INFO
-        logger.log(level, "%s: no direct reads here; rows are read through the page cache", self._store.path)
+        logger.log(level, "%s: no direct reads here; rows are read through the page cache", self.store.path)
 
     def _check_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
@@ -274,7 +279,7 @@ class DiskRows:
 
     def _check_open(self) -> None:
         if not self._close.alive:
-            raise ValueError(f"the rows of {self._store.path} are closed; open them again")
+            raise ValueError(f"the rows of {self.store.path} are closed; open them again")
 
     def close(self) -> None:
         """Close the files; nothing can be gathered any more."""
