@@ -52,6 +52,15 @@ def test_rows_are_those_of_the_reference(name, width):
     assert_as_exact(out, decoded(scheme, data, band, torch.float64))
 
 
+@pytest.mark.parametrize("name", ["int4", "pq4x8", "svd24+int8", "several bands"])
+def test_what_it_keeps_is_foretold(name):
+    from flexmemory.tol.decoder import gpu_bytes
+
+    scheme = scheme_of_name(name)
+    in_fp32 = kernel_of(scheme)._basis.nbytes * (DTYPE.itemsize - 2) // DTYPE.itemsize
+    assert kernel_of(scheme).nbytes - in_fp32 == gpu_bytes(scheme.bands, scheme.tensors, hidden_size=WIDTH)
+
+
 @pytest.fixture
 def table():
     """Encoded rows of 20 tokens as a table: bytes, offsets and bands, and what the reference decodes."""

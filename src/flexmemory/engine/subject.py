@@ -212,7 +212,7 @@ def random_scheme(config: ModelConfig, *, codec: str, embedding: bool) -> Scheme
     kinds = kinds or planned_bands(width, config.vocab_size)
     carried = [coding_of("bf16", width)] if embedding else []
     bases = {
-        layer: torch.linalg.qr(torch.randn(width, width)).Q[: coding.num_coefficients]
+        layer: torch.linalg.qr(torch.randn(width, coding.num_coefficients)).Q.T
         for layer in range(config.num_layers)
         for _, coding in kinds
         if coding.basis
