@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import re
 import shutil
 import signal
 import statistics
@@ -64,11 +65,14 @@ class Scale:
     small_chunk: int = 256
     """Tokens of a prompt computed at once where memory is what counts."""
     row_counts: tuple[int, ...] = (1, 8, 64, 512, 4096)
+    basis_codec: str = "svd512+normal4"
+    """Of rows that are products with a basis."""
 
 
 QUICK = Scale(
     size="nano", dtype=torch.float32, num_ids=256, carried_ids=128, hot=32, context=40, capacity=64,
     largest_capacity=64, steps=20, batch_steps=10, batches=(3, 2, 4), prompt=60, small_chunk=16, row_counts=(1, 8),
+    basis_codec="svd16+normal4",
 )  # fmt: skip
 
 
@@ -77,7 +81,7 @@ class Bench:
 
     def __init__(self, scale: Scale, stream: torch.Tensor, *, device: torch.device, folder: Path) -> None:
         self.scale, self.stream, self.device, self.folder = scale, stream, device, folder
-        self._stores: dict[bool, ToLStore] = {}
+        self._stores: dict[str, ToLStore] = {}
         self._tiers: dict[str, RowTier] = {}
         self._rate: float | None = None
 
@@ -88,17 +92,21 @@ class Bench:
             self._rate = copy_rate(self.device)
         return self._rate
 
-    def store(self, *, embedding: bool = False) -> ToLStore:
-        """Random rows on disk."""
-        if embedding not in self._stores:
-            path = self.folder / ("carried" if embedding else "rows")
-            config = get_preset(f"{self.scale.size}-memory").model
-            num_ids = self.scale.carried_ids if embedding else self.scale.num_ids
-            self._stores[embedding] = random_store(path, config, num_ids=num_ids, embedding=embedding)
-        return self._stores[embedding]
+    def store(self, kind: str = "rows") -> ToLStore:
+        """Random rows on disk: bf16 `rows`, those that are `carried` with the embedding, or in a codec of few bits."""
+        if kind not in self._stores:
+            config, carried = get_preset(f"{self.scale.size}-memory").model, kind == "carried"
+            self._stores[kind] = random_store(
+                self.folder / kind,
+                config,
+                num_ids=self.scale.carried_ids if carried else self.scale.num_ids,
+                embedding=carried,
+                codec="bf16" if kind in ("rows", "carried") else kind,
+            )
+        return self._stores[kind]
 
     def tier(self, name: str) -> RowTier | None:
-        """Rows from a place by its name: a tier, perhaps with `carried` before it or `+ hot` after it."""
+        """Rows from a place by its name: a tier, perhaps with a kind of store before it or `+ hot` after it."""
         if name == "none":
             return None
         if name not in self._tiers:
@@ -108,8 +116,8 @@ class Bench:
                 hot = HotSet.load(below, torch.arange(self.scale.hot), device=self.device)
                 self._tiers[name] = HotRows(below, hot)
             else:
-                *carried, place = name.split()
-                self._tiers[name] = open_rows(self.store(embedding=bool(carried)), place, device=self.device)
+                *kind, place = name.split()
+                self._tiers[name] = open_rows(self.store(*kind), place, device=self.device)
         return self._tiers[name]
 
     def subject(self, model: str, rows: str, *, int8: Any = None, max_seq_len: int = 0) -> Subject:
@@ -278,7 +286,7 @@ def gather(bench: Bench, rows: str, *, cold: bool = False) -> dict[str, Any]:
 def protocol(bench: Bench) -> list[tuple[str, Callable[[], dict[str, Any]], int]]:
     """Kind, measurement and most seconds of each entry: the most important first, a warm page cache before a cold."""
     run, (some, few, many) = partial(decode, bench), bench.scale.batches
-    largest = bench.scale.largest_capacity
+    largest, coded = bench.scale.largest_capacity, ("int4", "planned", bench.scale.basis_codec)
     return [
         ("device", partial(device_facts, bench), 60),
         ("store", partial(prepare_rows, bench), 120),
@@ -309,6 +317,13 @@ def protocol(bench: Bench) -> list[tuple[str, Callable[[], dict[str, Any]], int]
         ("gather", partial(gather, bench, "disk", cold=True), 45),
         ("decode", partial(run, "memory", "device", batch=many, capacity=largest), 90),
         ("decode", partial(run, "base", batch=many, capacity=largest), 90),
+        *[
+            ("decode", partial(run, "memory", f"{codec} {place}"), 60)
+            for codec in coded
+            for place in ("device", "host")
+        ],
+        *[("decode", partial(run, "memory", f"{codec} host", batch=some), 60) for codec in coded],
+        ("prefill", partial(prefill, bench, "memory", f"{coded[0]} host"), 45),
         ("hugging face", partial(hugging_face, bench, static=True), 110),
     ]
 
@@ -357,9 +372,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stream", type=Path, help="what benchmarks/stream.py wrote")
-    parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="5 GB of scratch space, emptied")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="7 GB of scratch space, emptied")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--limit", type=float, default=240, help="seconds after which no entry is begun")
+    parser.add_argument("--only", default="", help="measure entries that this regular expression is found in")
     parser.add_argument("--quick", action="store_true", help="small models, to see that it runs")
     args = parser.parse_args()
     started = time.perf_counter()
@@ -375,12 +391,14 @@ def main() -> None:
     results: dict[str, Any] = {"size": scale.size, "quick": args.quick, "provenance": provenance(), "entries": []}
     for kind, measure, limit_s in protocol(bench):
         begun = time.perf_counter()
+        call = " ".join(map(str, measure.args[1:] + tuple(f"{k}={v}" for k, v in measure.keywords.items())))
+        if not re.search(args.only, f"{kind} {call}"):
+            continue
         if begun - started > args.limit:
             entry: dict[str, Any] = {"error": f"not begun: {args.limit:.0f} s were over"}
         else:
             entry = attempt(measure, limit_s=limit_s)
-        call = measure.args[1:] + tuple(f"{k}={v}" for k, v in measure.keywords.items())
-        entry = {"bench": kind, "call": " ".join(map(str, call)), **entry, "took_s": time.perf_counter() - begun}
+        entry = {"bench": kind, "call": call, **entry, "took_s": time.perf_counter() - begun}
         results["entries"].append(entry)
         write_json(args.out, results)
         shown = {key: entry[key] for key in ("ms_per_token", "bound_share", "ms", "error") if key in entry}

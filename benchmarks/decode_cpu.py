@@ -35,7 +35,8 @@ from flexmemory.model.transformer import Transformer  # noqa: E402 - as said
 from flexmemory.presets import get_preset  # noqa: E402 - as said
 from flexmemory.provenance import provenance  # noqa: E402 - as said
 from flexmemory.storage import atomic_folder, write_json  # noqa: E402 - as said
-from flexmemory.tol.format import MANIFEST, plan, shard_header  # noqa: E402 - as said
+from flexmemory.tol.format import MANIFEST, shard_header  # noqa: E402 - as said
+from flexmemory.tol.layout import layout  # noqa: E402 - as said
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = 64
@@ -65,7 +66,7 @@ def write_checkpoint(folder: Path, preset: str, dtype: torch.dtype) -> Checkpoin
 
 def write_store(folder: Path, checkpoint: Checkpoint) -> None:
     """A bf16 store of random rows that carry the embedding, the same rows in every block."""
-    manifest = plan(checkpoint.config, embedding=True)
+    manifest = layout(checkpoint.config, embedding=True)
     folder.mkdir()
     block = (0.02 * torch.randn(manifest.block_rows * manifest.stride_bytes // 2)).bfloat16().view(torch.uint8).numpy()
     digests: dict[int, str] = {}

@@ -119,7 +119,10 @@ def _decode_label(entry: dict) -> str:
         "carried host": "rows and embedding in host memory",
     }
     place, _, hot = entry["rows"].partition(" + ")
-    parts = [entry["model"], places[place], "hot set" if hot else ""]
+    codec = ""
+    if place not in places:
+        codec, _, place = place.partition(" ")
+    parts = [entry["model"], f"{codec} {places[place]}".strip(), "hot set" if hot else ""]
     parts += [f"{entry['cached_share_before']:.0%} of them in the page cache" if "cache" in entry else ""]
     parts += [f"int8 {entry['int8']}" if entry.get("int8") else ""]
     parts += ["prompt in small chunks" if entry["bench"] == "memory" else ""]

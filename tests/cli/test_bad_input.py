@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from flexmemory.storage import sha256_file
+from flexmemory.tol.format import FORMAT_VERSION
 from tests.cli.conftest import run
 
 
@@ -41,7 +42,7 @@ def test_a_flipped_byte_is_found_when_rows_are_loaded(generate, store, place):
 
 def test_a_store_of_a_newer_format(generate, store):
     manifest = json.loads((store / "manifest.json").read_text())
-    (store / "manifest.json").write_text(json.dumps(manifest | {"format_version": manifest["format_version"] + 1}))
+    (store / "manifest.json").write_text(json.dumps(manifest | {"format_version": FORMAT_VERSION + 1}))
     assert "update flexmemory" in generate("disk")
 
 

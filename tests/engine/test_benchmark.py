@@ -54,7 +54,7 @@ def test_every_entry_is_measured(results):
     assert errors == []
     kinds = [entry["bench"] for entry in results["entries"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        "device": 1, "store": 1, "decode": 18, "prefill": 4, "gather": 4, "memory": 2, "hugging face": 2,
+        "device": 1, "store": 1, "decode": 27, "prefill": 5, "gather": 4, "memory": 2, "hugging face": 2,
     }  # fmt: skip
     assert all(entry["batch"] * 1e3 / entry["ms_per_token"] > 0 for entry in results["entries"] if "batch" in entry)
 
@@ -67,7 +67,7 @@ def test_the_page_cache_is_reported(results):
 
 def test_a_run_out_of_time_says_so(decode, tmp_path):
     entries = decode(tmp_path, "--limit", "0")["entries"]
-    assert len(entries) == 32
+    assert len(entries) == 42
     assert all(entry["error"].startswith("not begun") for entry in entries)
 
 
@@ -83,8 +83,9 @@ def test_a_failing_entry_is_recorded():
 def test_the_table_has_every_entry(results):
     table = script("readme").decode_table(results)
     lines = table.splitlines()
-    assert sum(line.startswith("| ") for line in lines) == 2 + 18 + 2 + 2 + 4
+    assert sum(line.startswith("| ") for line in lines) == 2 + 27 + 2 + 2 + 5
     assert "Not measured" not in table
+    assert "| memory, planned rows in host memory | 3 |" in table
     assert "| memory, rows on disk, hot set, 0% of them in the page cache | 1 |" in table
     partial = copy.deepcopy(results)
     partial["entries"][2:4] = [{"bench": "decode", "call": "base", "error": "OutOfMemoryError"}] * 2

@@ -22,11 +22,11 @@ def broken(loaded, tmp_path, monkeypatch):
     assert isinstance(tier, DiskRows)
     (descriptor,) = tier._descriptors
     copy = tmp_path / "shard"
-    (shard,) = tier._store.manifest.shards
-    copy.write_bytes((tier._store.path / shard.file).read_bytes())
+    (shard,) = tier.store.manifest.shards
+    copy.write_bytes((tier.store.path / shard.file).read_bytes())
     tier._descriptors[0] = os.open(copy, os.O_RDONLY)
     os.close(descriptor)
-    os.truncate(copy, shard.data_offset + LOST * tier._store.manifest.stride_bytes)
+    os.truncate(copy, shard.data_offset + LOST * tier.store.manifest.stride_bytes)
     return model, whole
 
 

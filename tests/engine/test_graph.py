@@ -9,6 +9,7 @@ from flexmemory.engine import engine as engine_module
 from flexmemory.engine.engine import Engine
 from flexmemory.engine.reference import generate
 from flexmemory.engine.sampling import Sampling
+from flexmemory.engine.subject import random_store
 from flexmemory.tol.build import build_store
 from flexmemory.tol.disk import DiskRows
 from flexmemory.tol.hot import HotRows, HotSet
@@ -86,6 +87,26 @@ def test_any_schedule_gives_the_tokens_of_the_reference(saved, tmp_path, name, k
             expected = expected[: len(request.tokens)]
         assert request.tokens == expected
         assert request.error is None
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("kind", TIERS)
+@pytest.mark.parametrize("codec", ["planned", "int4", "svd24+normal4"])
+def test_rows_in_few_bits_give_the_tokens_of_the_reference(saved, tmp_path, codec, kind, embedding):
+    """Which looks up the same rows, all tokens of the prompt at once."""
+    checkpoint = saved("nano-flex3")
+    model = checkpoint.load(device="cuda", memory=False)
+    store = random_store(tmp_path / "tol", checkpoint.config, num_ids=512, embedding=embedding, codec=codec)
+    *hot, place = kind.split()
+    tier = open_rows(store, place, device="cuda")
+    if hot:
+        tier = HotRows(tier, HotSet.load(tier, torch.arange(0, 512, 3), device="cuda"))
+    engine = engine_of(model, tier, max_sequences=4)
+    prompts = [[7 * i % 512 for i in range(length)] for length in (5, 1, 20, 9, 3)]
+    requests = [engine.submit(prompt, max_new_tokens=30) for prompt in prompts]
+    while engine.busy:
+        engine.step()
+    assert [request.tokens for request in requests] == [expected_of(model, tier, request) for request in requests]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -8,6 +8,7 @@ from flexmemory.engine.loading import load_model
 from flexmemory.engine.reference import generate
 from flexmemory.model.accounting import count_parameters
 from flexmemory.model.checkpoint import Checkpoint, save_checkpoint
+from flexmemory.model.memory import ScaledRows
 from flexmemory.storage import atomic_folder
 from flexmemory.tol.build import build_store
 from flexmemory.tol.disk import DiskRows
@@ -41,6 +42,23 @@ def test_rows_from_anywhere_give_the_computed_logits(checkpoint, tmp_path, token
         list(generate(m.model, [1, 2, 3], row_source=m.row_source, max_new_tokens=30)) for m in (computed, looked_up)
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_fewer_layers_of_rows_are_read(checkpoint, tmp_path, tokens, place):
+    """They add nothing, as if they were scaled by 0."""
+    store = build_store(checkpoint, tmp_path / "tol", codec="fp32", layers=[2, 0, 1])
+    loaded = load_model(checkpoint, tol=store.path, rows=place, keep_layers=2)
+    assert loaded.tier is not None
+    assert loaded.tier.layers == (2, 0)
+    assert loaded.row_source is not None
+    whole = load_model(checkpoint)
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        expected = whole.model(ids, ScaledRows(whole.model.rows(ids), [1.0, 0.0, 1.0]))
+        torch.testing.assert_close(loaded.model(ids, loaded.row_source(ids)), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="give a ToL store"):
+        load_model(checkpoint, keep_layers=2)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexmemory.engine.int8 import quantize
-from flexmemory.engine.placement import Budget, StoreFacts, format_size, parse_size, place, weight_bytes
+from flexmemory.engine.placement import Budget, CodedFacts, StoreFacts, format_size, parse_size, place, weight_bytes
 from flexmemory.model.accounting import count_parameters, kv_cache_bytes
 from flexmemory.presets import get_preset
 from tests.conftest import VARIED, random_model
@@ -47,6 +47,21 @@ def test_rows_go_as_near_as_they_fit():
         assert plan.used("device") <= plan.budget.device
         assert plan.used("host") <= (plan.budget.host or 0)
     assert planned().hot_rows == 0
+
+
+def test_rows_in_few_bits_fit_where_numbers_do_not_and_hot_rows_are_numbers():
+    coded = CodedFacts(row_bytes=ROW // 12, table_bytes=CONFIG.vocab_size * (ROW // 14), decoder_bytes=80_000_000)
+    few = dataclasses.replace(STORE, coded=coded, disk_bytes=coded.table_bytes)
+    assert planned(device=4 * GB, host=GB).rows == "disk"
+    plan = planned(device=4 * GB, host=GB, store=few)
+    sizes = {item.name: item.nbytes for item in plan.items}
+    assert (plan.rows, sizes["rows"], sizes["decoder"]) == ("device", coded.table_bytes, 80_000_000)
+    assert sizes["workspace"] == next(i.nbytes for i in planned().items if i.name == "workspace") + 2048 * (ROW // 12)
+    hot = planned(device=3 * GB, host=GB, store=few, rows="host")
+    assert next(item.nbytes for item in hot.items if item.name == "hot rows") == hot.hot_rows * ROW + 4 * len(COUNTS)
+    staged = planned(device=3 * GB, host=GB, store=few, rows="disk")
+    assert next(item.nbytes for item in staged.items if item.name == "staging") == 2 * 2048 * (ROW // 12)
+    assert plan.used("device") <= 4 * GB
 
 
 def test_the_choice_of_a_place_is_respected_or_refused():

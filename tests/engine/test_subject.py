@@ -38,6 +38,29 @@ def test_a_random_store_is_whole(tmp_path):
         random_store(tmp_path / "tol", NANO["nano-memory"], num_ids=300)
 
 
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("codec", ["int4", "planned", "svd16+normal4", "pq4x8"])
+def test_a_random_store_in_few_bits_is_whole_and_counted_as_it_is(tmp_path, codec, embedding):
+    config = NANO["nano-memory"]
+    store = random_store(tmp_path / "tol", config, num_ids=300, embedding=embedding, codec=codec)
+    assert store.damaged_blocks() == []
+    assert (store.vocab_size, store.num_slices, store.plain) == (300, 3 + embedding, False)
+    plain = random_store(tmp_path / "plain", config, num_ids=300, embedding=embedding)
+    model = random_model(config, device=CPU, dtype=torch.bfloat16, embedding=not embedding)
+    rows = torch.empty(300, store.num_slices, 48, dtype=torch.bfloat16)
+    subjects = {}
+    for where in ("device", "host", "disk"):
+        tier = open_rows(store, where, device=CPU)
+        tier.gather(torch.arange(300), rows)
+        assert 0.005 < rows.float().std() < 0.04
+        subjects[where] = Subject(model=model, tier=tier)
+    of_plain = Subject(model=model, tier=open_rows(plain, "device", device=CPU))
+    assert subjects["device"].table_bytes < of_plain.table_bytes / (1.2 if embedding else 2)
+    assert subjects["disk"].table_bytes == 0
+    saved = of_plain.step_bytes(batch=2, context=9) - subjects["device"].step_bytes(batch=2, context=9)
+    assert abs(saved - 2 * (plain.row_bytes - store.nbytes / 300)) < 10
+
+
 @pytest.mark.parametrize("int8", [None, "all"])
 def test_ids_without_rows_are_never_chosen(tmp_path, int8):
     config = dataclasses.replace(NANO["nano-memory"], tie_embeddings=False)

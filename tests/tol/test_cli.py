@@ -1,5 +1,6 @@
 """`flexmemory tol`: results on stdout, a mistake is one sentence and exit code 2."""
 
+import json
 import re
 
 import pytest
@@ -98,7 +99,7 @@ def test_damage_is_refused(store, capsys):
 def test_newer_and_unknown_formats_are_refused(store, capsys):
     edit_manifest(store, lambda manifest: manifest.update(codec="int3"))
     assert "unknown ToL codec 'int3'" in refused(capsys, "info", store.path)
-    edit_manifest(store, lambda manifest: manifest.update(format_version=3))
+    edit_manifest(store, lambda manifest: manifest.update(format_version=4))
     assert "update flexmemory" in refused(capsys, "info", store.path)
     (store.path / "manifest.json").unlink()
     assert "has no manifest.json" in refused(capsys, "info", store.path)
@@ -115,3 +116,23 @@ def test_other_sources_are_refused(store, checkpoint_of, capsys):
 
 def test_a_sample_needs_a_checkpoint(store, capsys):
     assert "--sample recomputes rows and needs --checkpoint" in refused(capsys, "verify", store.path, "--sample", 3)
+
+
+def test_requantize_and_diff(nano, tmp_path, capsys):
+    exact, rough, report = tmp_path / "fp32", tmp_path / "int4", tmp_path / "diff.json"
+    assert main(["tol", "build", str(nano.path), "--out", str(exact), "--codec", "fp32"]) == 0
+    assert main(["tol", "requantize", str(exact), "--out", str(rough), "--codec", "int4", "--layers", "1", "0"]) == 0
+    built = capsys.readouterr().out
+    assert re.search(r"bands +512 tokens of 50 bytes\n", built)  # two layers of 48 numbers, 4 bits each, and a scale
+    assert ToLStore.open(rough, checkpoint=nano).layers == (1, 0)
+    assert main(["tol", "diff", str(exact), str(rough), "--worst", "3", "--out", str(report)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^layer 1 +\d+\.\d+% +", shown, flags=re.MULTILINE)
+    assert "not compared, as one of the two lacks it: layer 2" in shown
+    assert len(re.findall(r"^token \d+: \d+\.\d+% in layer [01]$", shown, flags=re.MULTILINE)) == 3
+    assert len(json.loads(report.read_text())["tokens"]) == 512
+    assert "already exists" in refused(capsys, "diff", exact, rough, "--out", report)
+    assert "unknown ToL codec 'int9'" in refused(
+        capsys, "requantize", exact, "--out", tmp_path / "x", "--codec", "int9"
+    )
+    assert not (tmp_path / "x").exists()

@@ -16,7 +16,8 @@ from flexmemory.storage import write_json
 from flexmemory.tol import disk
 from flexmemory.tol.build import build_store
 from flexmemory.tol.disk import DiskRows, cached_share, drop_cache
-from flexmemory.tol.format import MANIFEST, plan, shard_header
+from flexmemory.tol.format import MANIFEST, shard_header
+from flexmemory.tol.layout import layout
 from flexmemory.tol.pages import AlignedBuffer, address_of, after, resident_pages
 from flexmemory.tol.store import ToLStore
 from tests.conftest import NANO
@@ -37,7 +38,7 @@ def opened_with_direct_reads(store) -> DiskRows:
 def shaped(request, tmp_path):
     """Stores of random bytes whose rows are no pages, padded to pages, and whole pages; several files each."""
     config = dataclasses.replace(NANO["nano-memory"], hidden_size=request.param, vocab_size=40)
-    manifest = plan(config, shard_bytes=60_000, block_bytes=30_000)
+    manifest = layout(config, shard_bytes=60_000, block_bytes=30_000)
     manifest = manifest.with_blocks(["0" * 64] * sum(-(-s.tokens // manifest.block_rows) for s in manifest.shards))
     generator = np.random.default_rng(0)
     for shard in manifest.shards:

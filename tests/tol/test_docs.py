@@ -8,7 +8,7 @@ import torch
 
 from flexmemory.presets import get_preset
 from flexmemory.tol.build import build_store
-from flexmemory.tol.format import plan
+from flexmemory.tol.layout import layout
 from flexmemory.tol.tiers import open_rows
 from tests.tol.conftest import SIZES
 
@@ -36,7 +36,7 @@ def test_the_documented_reader_reads_a_store(stored, nano, tmp_path):
 
 def test_the_documented_sizes_are_right():
     for size in ("250m", "750m", "1b"):
-        manifest = plan(get_preset(f"{size}-memory").model)
+        manifest = layout(get_preset(f"{size}-memory").model)
         line = next(line for line in PAGE.splitlines() if line.startswith(f"| {manifest.hidden_size} |"))
         cells = [cell.split(" (")[0] for cell in line.strip("| ").split(" | ")]
         gigabytes = f"{manifest.nbytes / 1e9:.2f} GB"

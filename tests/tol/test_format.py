@@ -11,7 +11,8 @@ from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.presets import get_preset
 from flexmemory.storage import read_json
 from flexmemory.tol.build import build_store, load_for_rows
-from flexmemory.tol.format import BLOCK_BYTES, SHARD_BYTES, plan, read_manifest, stride_of
+from flexmemory.tol.format import read_manifest
+from flexmemory.tol.layout import BLOCK_BYTES, SHARD_BYTES, layout, stride_of
 from flexmemory.tol.store import ToLStore
 from tests.conftest import NANO
 from tests.tol.conftest import edit_manifest
@@ -27,12 +28,12 @@ from tests.tol.conftest import edit_manifest
     ],
 )
 def test_size_is_known_without_building(preset, codec, gigabytes):
-    assert round(plan(get_preset(preset).model, codec=codec).nbytes / 1e9, 1) == gigabytes  # Table 8
+    assert round(layout(get_preset(preset).model, codec=codec).nbytes / 1e9, 1) == gigabytes  # Table 8
 
 
 @pytest.mark.parametrize("preset", ["250m-memory", "750m-memory", "1b-memory"])
 def test_paper_shapes_have_large_blocks_and_bounded_shards(preset):
-    manifest = plan(get_preset(preset).model)
+    manifest = layout(get_preset(preset).model)
     assert BLOCK_BYTES / 2 < manifest.block_rows * manifest.stride_bytes <= BLOCK_BYTES
     assert len(manifest.shards) > 1
     assert max(shard.tokens for shard in manifest.shards) * manifest.stride_bytes <= SHARD_BYTES
@@ -48,14 +49,14 @@ def test_rows_are_padded_to_pages_where_it_costs_under_5_percent(row_bytes, stri
 
 
 def test_shards_hold_whole_blocks_and_every_token_once():
-    manifest = plan(NANO["nano-memory"], shard_bytes=50_000, block_bytes=3_000)
+    manifest = layout(NANO["nano-memory"], shard_bytes=50_000, block_bytes=3_000)
     assert manifest.block_rows == 8
     assert [shard.tokens for shard in manifest.shards] == [168, 168, 168, 8]
     assert [shard.first_token for shard in manifest.shards] == [0, 168, 336, 504]
 
 
 def test_a_block_is_at_least_a_row():
-    manifest = plan(NANO["nano-memory"], shard_bytes=1, block_bytes=1)
+    manifest = layout(NANO["nano-memory"], shard_bytes=1, block_bytes=1)
     assert manifest.block_rows == 1
     assert len(manifest.shards) == NANO["nano-memory"].vocab_size
 
@@ -73,12 +74,12 @@ def test_a_block_is_at_least_a_row():
 )
 def test_impossible_plans_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
-        plan(NANO["nano-memory"], **arguments)
+        layout(NANO["nano-memory"], **arguments)
 
 
 def test_dense_models_have_nothing_to_look_up():
     with pytest.raises(ValueError, match="dense model has no memory"):
-        plan(NANO["nano-base"])
+        layout(NANO["nano-base"])
 
 
 def test_rows_are_token_major_in_the_raw_file(nano: Checkpoint, stored: ToLStore):
@@ -130,7 +131,7 @@ def test_manifest_has_the_documented_entries(store: ToLStore):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=3), "has ToL format 3; this version reads up to 2: update flexmemory"),
+        (lambda m: m.update(format_version=4), "has ToL format 4; this version reads up to 3: update flexmemory"),
         (lambda m: m.update(format="other"), "is not a ToL store"),
         (lambda m: m.update(format_version="1"), "ToL format '1'"),
         (lambda m: m.update(codec="int3"), "unknown ToL codec 'int3'"),

@@ -48,7 +48,7 @@ def test_late_copies_see_what_was_staged_for_them(count, staging_bytes, monkeypa
         through.send(
             out,
             fill=fill,
-            decode=lambda buffer, rows: asked.append(lambda: rows.view(torch.uint8).flatten(1).copy_(buffer)),
+            decode=lambda part, buffer: asked.append(lambda: out[part].view(torch.uint8).flatten(1).copy_(buffer)),
         )
     for event in events:
         event.synchronize()

@@ -40,6 +40,7 @@ def ppl(
     max_tokens: int | None = None,
     tol: Path | None = None,
     rows: RowPlace | None = None,
+    keep_layers: int | None = None,
     int8: Int8Part | None = None,
     alpha: float = 1.0,
     drop_layers: tuple[int, ...] = (),
@@ -58,6 +59,7 @@ def ppl(
         max_tokens: Evaluate only the first tokens.
         tol: A ToL store built from the checkpoint: rows are looked up, and FFN-M weights are never loaded.
         rows: Where rows come from; by default disk with --tol and compute without.
+        keep_layers: Layers of each row to read, the first ones in the store's order.
         int8: Weights to make int8: of the output head, or of all projections.
         alpha: Factor of what every FFN adds (FFN-M in memory and flex models).
         drop_layers: Layers whose FFN adds nothing.
@@ -71,7 +73,15 @@ def ppl(
     text = read_text(data, opened, split=split, text_field=text_field)
     if max_tokens is not None and max_tokens < len(text.stream):
         text = Text(text.stream[:max_tokens], None, None)
-    loaded = load_model(opened, tol=tol, rows=rows, device=resolve_device(device), dtype=DTYPES.get(dtype), int8=int8)
+    loaded = load_model(
+        opened,
+        tol=tol,
+        rows=rows,
+        keep_layers=keep_layers,
+        device=resolve_device(device),
+        dtype=DTYPES.get(dtype),
+        int8=int8,
+    )
     logger.info("%s", loaded.describe())
     with scaled_ffn(loaded.model, alphas, loaded.row_source) as row_source:
         result = perplexity(

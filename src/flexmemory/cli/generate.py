@@ -27,6 +27,7 @@ def run(
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     tol: Path | None = None,
     rows: RowPlace | None = None,
+    keep_layers: int | None = None,
     memory_budget: str | None = None,
     host_budget: str | None = None,
     int8: Int8Part | None = None,
@@ -44,6 +45,7 @@ def run(
         tol: A ToL store built from the checkpoint: rows are looked up, and FFN-M weights are never loaded.
         rows: Where rows come from; by default as near as budgets allow, disk where none is given, and compute without
             --tol.
+        keep_layers: Layers of each row to read, the first ones in the store's order; the others add nothing.
         memory_budget: Memory of the device to use, such as 2GiB: decides what lives where (docs/placement.md).
         host_budget: Host memory to use beside a GPU.
         int8: Weights to make int8: of the output head, or of all projections.
@@ -66,6 +68,7 @@ def run(
         opened,
         tol=tol,
         rows=rows,
+        keep_layers=keep_layers,
         device=place,
         dtype=DTYPES.get(name),
         int8=int8,

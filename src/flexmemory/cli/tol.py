@@ -1,4 +1,4 @@
-"""`flexmemory tol build|info|verify`: token-wise lookups."""
+"""`flexmemory tol build|requantize|diff|info|verify`: token-wise lookups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from flexmemory.device import resolve_device
 from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.storage import write_json
 from flexmemory.tol.build import build_store
+from flexmemory.tol.diff import difference
+from flexmemory.tol.requantize import requantize
 from flexmemory.tol.store import ToLStore
 from flexmemory.tol.verify import SAMPLE, verify_store
 from flexmemory.train.data import TokenDataset
@@ -34,7 +37,8 @@ def build(
     Args:
         checkpoint: A checkpoint or run folder.
         out: The folder to make.
-        codec: How numbers are written: bf16 or fp32.
+        codec: How numbers are written: bf16, fp32, fp8, int8, int4, int3, int2, nf4, normal1 to normal6, svdRANK,
+            svdRANK+normal4 and such, pq4x8, pq8x8 (docs/tol-format.md).
         embedding: Store each token's input embedding with its rows, so that the model needs no table of it in memory.
         layers: Layers to keep, the most important first; by default all.
         counts: A folder that `flexmemory prepare` wrote with the model's tokenizer: how often each token occurs in its
@@ -67,6 +71,61 @@ def counts_of(data: Path, checkpoint: Checkpoint) -> Int64[Tensor, " V"]:
             "tokens: prepare the text with `--tokenizer` of the checkpoint, or leave out --counts"
         )
     return token_counts(dataset.train, vocab_size=checkpoint.config.vocab_size)
+
+
+def requantize_store(
+    store: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    out: Path,
+    codec: str,
+    layers: tuple[int, ...] | None = None,
+    device: str = "auto",
+) -> None:
+    """Write the rows of a store in another codec, without the checkpoint; run again, it goes on where it was.
+
+    Args:
+        store: A folder that `flexmemory tol build` wrote.
+        out: The folder to make.
+        codec: How numbers are to be written, as in `flexmemory tol build`.
+        layers: Layers to keep, the most important first; by default those of the store.
+        device: Where rows are encoded: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
+    """
+    made = requantize(ToLStore.open(store), out, codec=codec, layers=layers, device=resolve_device(device))
+    print(describe(made))
+
+
+def diff(
+    first: Annotated[Path, tyro.conf.Positional],
+    second: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    worst: int = 10,
+    out: Path | None = None,
+) -> None:
+    """Say how far the rows of two stores are apart: layer by layer, and for the tokens that differ most.
+
+    Args:
+        first: A folder that `flexmemory tol build` wrote.
+        second: Another, of the same model or of one of the same shape.
+        worst: Tokens to name.
+        out: A JSON file for all of it, every token included.
+    """
+    if worst < 0:
+        raise ValueError(f"--worst must not be negative, got {worst}")
+    if out is not None and out.exists():
+        raise FileExistsError(f"{out} already exists; choose another file or remove it")
+    found = difference(ToLStore.open(first), ToLStore.open(second))
+    width = max(map(len, found.names))
+    print(f"{'':{width}}  relative error      rms error  largest error")
+    for name, relative, rms, largest in zip(found.names, found.relative, found.rms, found.largest, strict=True):
+        print(f"{name:{width}}  {relative:14.4%}  {rms:13.6g}  {largest:13.6g}")
+    if found.missing:
+        print(f"not compared, as one of the two lacks it: {', '.join(found.missing)}")
+    for token, name, error in found.worst(worst):
+        print(f"token {token}: {error:.4%} in {name}")
+    if out is not None:
+        write_json(out, found.to_json())
 
 
 def info(store: Annotated[Path, tyro.conf.Positional], /) -> None:
@@ -107,9 +166,10 @@ def verify(
 def describe(store: ToLStore) -> str:
     """The text that `flexmemory tol info` prints."""
     manifest = store.manifest
-    padding = store.stride_bytes - store.row_bytes
+    padding = 0 if manifest.coded else manifest.stride_bytes - store.row_bytes
     entries = {
         "codec": store.codec,
+        "bands": ", ".join(f"{band.tokens:,} tokens of {band.row_bytes:,} bytes" for band in store.bands) or "none",
         "embedding": "in the row" if store.embedding else "not in the row",
         "layers": f"{len(store.layers)} of {manifest.num_layers}: {' '.join(map(str, store.layers))}",
         "shape": f"V {store.vocab_size:,}, L {len(store.layers)}, D {store.hidden_size:,}",
@@ -130,7 +190,13 @@ def describe(store: ToLStore) -> str:
 
 def main(argv: list[str]) -> int:
     """Entry point of the verb."""
-    verbs = {"build": build, "info": info, "verify": verify}
+    verbs = {
+        "build": build,
+        "requantize": requantize_store,
+        "diff": diff,
+        "info": info,
+        "verify": verify,
+    }
     tyro.extras.subcommand_cli_from_dict(
         verbs, args=argv, prog="flexmemory tol", description="Token-wise lookups: every token's memory rows on disk."
     )

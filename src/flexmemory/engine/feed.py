@@ -2,7 +2,8 @@
 
 A step is captured once and replayed, so what fetches its rows is part of it. A table on the device is read in place.
 From a table in pinned host memory the GPU itself copies the rows of the step's tokens into a buffer. From disk the host
-puts them into a mailbox in pinned memory, and the step, launched ahead, waits for those that the hot set lacks.
+puts them into a mailbox in pinned memory, and the step, launched ahead, waits for those that the hot set lacks. Rows in
+few bits go the same ways as they are stored, and one kernel decodes them where they arrive (`tol.decode_kernel`).
 Dimension key: S slots, n slots of a step, P slices of a row, D model width.
 """
 
@@ -20,15 +21,11 @@ from torch import Tensor
 
 from flexmemory.engine.plain import RowOf
 from flexmemory.engine.slots import Slots
+from flexmemory.tol.coded_rows import CodedRows, RowIndex
+from flexmemory.tol.decode_kernel import PATIENCE, WORDS, Hot, KernelDecoder
 from flexmemory.tol.disk import DiskRows
 from flexmemory.tol.hot import HotRows, HotSet
 from flexmemory.tol.tiers import DeviceRows, HostRows, RowTier
-
-WORDS = 1024
-"""Words of four bytes that a program copies."""
-PATIENCE = 2**30
-"""Looks into the mailbox, of about a microsecond each, before a step gives up and takes whatever is there: a quarter of
-an hour, so that a host which lives is always waited for, and one which does not cannot block the GPU for good."""
 
 
 @triton.jit
@@ -62,7 +59,7 @@ class RowFeed:
     """Rows of the tokens of slots [0, n) in a step."""
 
     def __init__(self, tier: RowTier, slots: Slots, *, steps: Int64[Tensor, " S"]) -> None:
-        """Feed from `tier`: `DeviceRows`, `HostRows`, `DiskRows`, or `HotRows` over one; `steps` counts each slot's."""
+        """Feed from a `tier` of `tol.tiers.open_rows`, or from `HotRows` over one; `steps` counts each slot's."""
         self._slots, self._steps = slots, steps
         hot, below = (tier.hot, tier.tier) if isinstance(tier, HotRows) else (None, tier)
         first = int(tier.embedding)
@@ -72,20 +69,23 @@ class RowFeed:
         self._disk = below if isinstance(below, DiskRows) else None
         self._hot = hot
         self._event: torch.cuda.Event | None = None
+        self._coded: _CodedFeed | None = None
         if self._table is not None:
             return
         device, num_slots = slots.token_ids.device, len(slots.token_ids)
-        shape = (tier.num_slices, tier.hidden_size)
         self._side = torch.cuda.Stream(device)
-        self._staged = torch.zeros((num_slots, *shape), dtype=tier.dtype, device=device)
+        self._staged = torch.zeros((num_slots, tier.num_slices, tier.hidden_size), dtype=tier.dtype, device=device)
         self._own = torch.arange(num_slots, device=device)
         self._words = self._staged[0].nbytes // 4
+        if isinstance(below, CodedRows) or (isinstance(below, DiskRows) and not below.store.plain):
+            self._coded = _CodedFeed(below, slots, steps=steps)
         if isinstance(below, HostRows):
             self._below = below.table
-        else:
-            self._below = torch.zeros((2, num_slots, *shape), dtype=tier.dtype, pin_memory=True)
+        if isinstance(below, DiskRows):
+            pitch = self._staged[0].nbytes if self._coded is None else self._coded.kernel.pitch
+            self._below = torch.zeros((2, num_slots, pitch), dtype=torch.uint8, pin_memory=True)
             self._ready = torch.zeros(num_slots, dtype=torch.int64, pin_memory=True)
-            self._mail = self._below.view(torch.uint8).flatten(2).numpy()  # (2, S, row_bytes)
+            self._mail = self._below.numpy()[:, :, : below.store.row_bytes]  # (2, S, row_bytes)
             self._ready_view = self._ready.numpy()
 
     def use(self, hot: HotSet) -> None:
@@ -103,18 +103,25 @@ class RowFeed:
             return
         main = torch.cuda.current_stream()
         self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            if self._coded is None:
+                self._stage_plain(num_slots)
+            else:
+                mailbox = None if self._disk is None else (self._below, self._ready)
+                self._coded.stage(self._staged[:num_slots], self._hot, mailbox=mailbox)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def _stage_plain(self, num_slots: int) -> None:
         slots, hot = self._slots, self._hot
         staged = _words(self._staged)
         hot_slot, hot_table = (staged, staged) if hot is None else (hot.slot, _words(hot.table))
         ready = self._steps if self._disk is None else self._ready
-        with torch.cuda.stream(self._side):
-            _stage[num_slots, triton.cdiv(self._words, WORDS)](
-                slots.token_ids, slots.active, hot_slot, hot_table, _words(self._below), ready, self._steps, staged,
-                len(self._staged), self._words,
-                HAS_HOT=hot is not None, MAILBOX=self._disk is not None, WORDS=WORDS, PATIENCE=PATIENCE,
-            )  # fmt: skip
-            self._event = torch.cuda.Event()
-            self._event.record()
+        _stage[num_slots, triton.cdiv(self._words, WORDS)](
+            slots.token_ids, slots.active, hot_slot, hot_table, _words(self._below), ready, self._steps, staged,
+            len(self._staged), self._words,
+            HAS_HOT=hot is not None, MAILBOX=self._disk is not None, WORDS=WORDS, PATIENCE=PATIENCE,
+        )  # fmt: skip
 
     def arrive(self) -> None:
         """Wait, on the current stream, for what `stage` began; once is enough."""
@@ -159,6 +166,45 @@ class RowFeed:
                 mail[:] = 0
         self._ready_view[slot] = step
         return error
+
+
+class _CodedFeed:
+    """Rows in few bits: fetched as they are stored, unless they are on the device, and decoded."""
+
+    def __init__(self, below: CodedRows | DiskRows, slots: Slots, *, steps: Int64[Tensor, " S"]) -> None:
+        device = slots.token_ids.device
+        kernel = below.decoder(device).kernel
+        assert kernel is not None
+        self.kernel: KernelDecoder = kernel
+        self._slots, self._steps = slots, steps
+        self._offset: Tensor | None = None
+        if isinstance(below, CodedRows):
+            self._data = below.data
+            self._offset, self._band = below.located(device)
+        else:
+            self._data = None
+            self._band = RowIndex(below.store).band.to(device)
+        self._staged = None
+        if self._data is None or not self._data.is_cuda:
+            shape = (len(slots.token_ids), kernel.pitch)
+            self._staged = torch.zeros(shape, dtype=torch.uint8, device=device)
+
+    def stage(self, out: Float[Tensor, "n P D"], hot: HotSet | None, *, mailbox: tuple[Tensor, Tensor] | None) -> None:
+        """Put the rows of the first n slots into `out`; `mailbox` is where the host puts them and says so."""
+        slots, kernel = self._slots, self.kernel
+        chosen = slots.token_ids[: len(out)]
+        held = None if hot is None else Hot(hot.slot, hot.table)
+        if self._staged is None:
+            kernel.decode(self._data, self._band, out, chosen=chosen, offset=self._offset, hot=held)
+            return
+        box = None
+        if mailbox is not None:
+            box = (slots.active, mailbox[1], self._steps)
+        kernel.fetch(
+            self._data if mailbox is None else mailbox[0].view(-1), self._staged, chosen=chosen, count=len(out),
+            band=self._band, offset=self._offset, mailbox=box, hot_slot=None if hot is None else hot.slot,
+        )  # fmt: skip
+        kernel.decode(self._staged.view(-1), self._band, out, chosen=chosen, pitch=kernel.pitch, hot=held)
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor
 from flexmemory.device import free_memory
 from flexmemory.engine.engine import Engine
 from flexmemory.engine.int8 import Int8Part, quantize
-from flexmemory.engine.placement import PREFILL_TOKENS, Budget, Placement, StoreFacts, place
+from flexmemory.engine.placement import PREFILL_TOKENS, Budget, CodedFacts, Placement, StoreFacts, place
 from flexmemory.engine.reference import RowSource
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import Transformer
-from flexmemory.tol.codec import get_codec
+from flexmemory.tol.coded_rows import RowIndex
 from flexmemory.tol.contract import RowTier
+from flexmemory.tol.decoder import gpu_bytes
 from flexmemory.tol.disk import DiskRows
 from flexmemory.tol.hot import HotRows, HotSet
 from flexmemory.tol.store import ToLStore
@@ -124,6 +125,7 @@ def load_model(
     *,
     tol: str | Path | None = None,
     rows: RowPlace | None = None,
+    keep_layers: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     int8: Int8Part | None = None,
@@ -139,6 +141,7 @@ def load_model(
         tol: A ToL store built from them; with it, memory weights are not read.
         rows: Where rows come from; by default `disk` with a store and `compute` without. Within a budget, as near as
             they fit (`engine/placement.py`).
+        keep_layers: Layers of each row to read, the first ones in the store's order; the others add nothing.
         device: Where the model runs.
         dtype: Of the weights and of computation; as stored by default.
         int8: Weights to make int8.
@@ -159,7 +162,10 @@ def load_model(
         raise ValueError(f"rows from {chosen!r} need {needs}")
     if tol is not None and not checkpoint.config.has_memory:
         raise ValueError(f"{checkpoint.path} is a dense model: it has no rows to look up; leave out the ToL store")
-    store = None if tol is None else ToLStore.open(tol, checkpoint=checkpoint)  # refuse before loading weights
+    if keep_layers is not None and tol is None:
+        raise ValueError("layers of rows can be left out where rows are looked up: give a ToL store (--tol DIR)")
+    # Refuse before loading weights.
+    store = None if tol is None else ToLStore.open(tol, checkpoint=checkpoint, keep_layers=keep_layers)
     placement = None
     if memory_budget is not None or host_budget is not None:
         placement = place(
@@ -200,13 +206,22 @@ def store_facts(store: ToLStore) -> StoreFacts:
     Raises:
         ValueError: its counts are damaged.
     """
-    itemsize = get_codec(store.codec).dtype.itemsize
+    coded = None
+    if not store.plain:
+        index = RowIndex(store)
+        decoder = gpu_bytes(store.bands, store.tensors, hidden_size=store.hidden_size)
+        coded = CodedFacts(
+            row_bytes=store.row_bytes,
+            table_bytes=index.nbytes,
+            decoder_bytes=decoder + index.offset.nbytes + index.band.nbytes,
+        )
     return StoreFacts(
-        row_bytes=store.num_slices * store.hidden_size * itemsize,
+        row_bytes=store.num_slices * store.hidden_size * store.decoded_dtype.itemsize,
         disk_bytes=store.nbytes,
         vocab_size=store.vocab_size,
         embedding=store.embedding,
         counts=store.counts(),
+        coded=coded,
     )
 
 
@@ -223,7 +238,7 @@ def _budget(device: torch.device, memory: int | None, host: int | None) -> Budge
 def _open_tier(store: ToLStore, where: Where, *, device: torch.device, hot_rows: int) -> tuple[RowTier, int]:
     """The rows and their bytes in memory, behind a hot set: empty, to be learnt, where there are no counts."""
     tier = open_rows(store, where, device=device)
-    table_bytes = 0 if isinstance(tier, DiskRows) else tier.table.nbytes
+    table_bytes = 0 if isinstance(tier, DiskRows) else tier.nbytes
     if not hot_rows:
         return tier, table_bytes
     known = store.manifest.counts is not None

@@ -42,7 +42,7 @@ class StoreFacts:
     """What a placement depends on of a ToL store."""
 
     row_bytes: int
-    """Bytes of one token's rows in memory."""
+    """Bytes of one token's rows as numbers."""
     disk_bytes: int
     """Bytes of all rows on disk."""
     vocab_size: int
@@ -51,6 +51,30 @@ class StoreFacts:
     """Whether a row carries the input embedding, so that the model does without that table."""
     counts: Int64[Tensor, " V"] | None = None
     """How often each token occurs, where known."""
+    coded: CodedFacts | None = None
+    """Where rows are in few bits."""
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all rows in memory."""
+        return self.vocab_size * self.row_bytes if self.coded is None else self.coded.table_bytes
+
+    @property
+    def stored_row_bytes(self) -> int:
+        """Bytes of one token's rows as they are stored, the most where they differ."""
+        return self.row_bytes if self.coded is None else self.coded.row_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CodedFacts:
+    """What a placement depends on of rows in few bits."""
+
+    row_bytes: int
+    """Bytes of one token's rows as they are stored, the most where they differ."""
+    table_bytes: int
+    """Bytes of all rows in memory."""
+    decoder_bytes: int
+    """Bytes on the device of what they are decoded with, and of where each is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +165,8 @@ def place(
         Item(name="KV cache", place="device", nbytes=sequences * _cache_bytes(config, dtype, length)),
         Item(name="workspace", place="device", nbytes=_workspace_bytes(config, dtype, store, sequences, length)),
     ]
+    if store is not None and store.coded is not None:
+        required.append(Item(name="decoder", place="device", nbytes=store.coded.decoder_bytes))
     needed = sum(item.nbytes for item in required)
     if needed > budget.device:
         parts = ", ".join(f"{item.name} {format_size(item.nbytes)}" for item in required if item.nbytes)
@@ -196,8 +222,8 @@ def format_size(nbytes: int) -> str:
 
 def _place_rows(store: StoreFacts, rows: Where | None, *, budget: Budget, left: int, length: int) -> list[Item]:
     """The rows in the nearest place that they fit, or in the one asked for."""
-    size = store.vocab_size * store.row_bytes
-    staging = 2 * min(length, PREFILL_TOKENS) * store.row_bytes
+    size = store.table_bytes
+    staging = 2 * min(length, PREFILL_TOKENS) * store.stored_row_bytes
     on_cpu = budget.host is None
     options: dict[Where, tuple[list[Item], int]] = {
         "device": ([Item(name="rows", place="device", nbytes=size)], left),
@@ -263,6 +289,8 @@ def _workspace_bytes(
         cells = max(cells, config.ffn_c_size)
     activations = (8 * config.hidden_size + 3 * cells) * dtype.itemsize
     rows = row_numbers(config) * dtype.itemsize + (store.row_bytes if store else 0)
+    if store is not None and store.coded is not None:  # as they are stored, beside what they are decoded to
+        rows += store.stored_row_bytes
     return min(length, PREFILL_TOKENS) * (activations + rows) + sequences * config.vocab_size * (dtype.itemsize + 8)
 
 

@@ -7,7 +7,7 @@ coefficients. Coefficient i of a token is
 
 `Coding` says how many bits each code has; mean, gains, basis and levels are the same for many tokens and stay in memory
 (`SliceTensors`). `encode_slice` and `decode_slice` are the plain reference; `tol.decoder` decodes whole rows at once.
-Dimension key: U tokens, N coefficients, D model width.
+Dimension key: U tokens, N coefficients, M codes, D model width.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def coding_of(name: str, hidden_size: int) -> Coding:
     """
     match = re.fullmatch(r"(?:svd(\d+)(?:\+|$))?(?:(fp32|bf16|fp8|nf4)|(int|normal)([1-68])|pq(\d+)x8)?", name)
     if not match or not name or name.endswith("+"):
-        raise ValueError(f"unknown codec {name!r}; there are {', '.join(CODECS)} and others of their kinds")
+        raise ValueError(f"unknown ToL codec {name!r}; there are {', '.join(CODECS)} and others of their kinds")
     rank, fixed, kind, bits, vector = match.groups()
     count = hidden_size if rank is None else int(rank)
     if not 0 < count <= hidden_size or (rank and fixed == "fp32") or (rank and vector):
@@ -158,15 +158,16 @@ def coding_of(name: str, hidden_size: int) -> Coding:
 
 
 @functools.cache
-def normal_levels(bits: int) -> Float[Tensor, " 2**bits"]:
+def normal_levels(bits: int) -> Float[Tensor, " levels"]:
     """The levels with the least squared error for normal numbers (Lloyd-Max), ascending; linear for 8 bits."""
     if bits == 8:
         return torch.arange(-128, 128) / 24.0
     count = 1 << bits
     root = math.sqrt(2.0)
-    levels = torch.erfinv(2 * (torch.arange(count, dtype=torch.float64) + 0.5) / count - 1) * root
+    # For many levels the best have the density of a normal distribution three times as wide (Bennett).
+    levels = torch.erfinv(2 * (torch.arange(count, dtype=torch.float64) + 0.5) / count - 1) * math.sqrt(6.0)
     edge = torch.tensor([40.0], dtype=torch.float64)
-    for _ in range(3000):
+    for _ in range(2000):
         ends = torch.cat((-edge, (levels[1:] + levels[:-1]) / 2, edge))
         density = torch.exp(-ends * ends / 2) / math.sqrt(2 * math.pi)
         share = (torch.erf(ends / root)).diff() / 2
@@ -175,7 +176,7 @@ def normal_levels(bits: int) -> Float[Tensor, " 2**bits"]:
 
 
 @functools.cache
-def levels_of(levels: Levels, bits: int) -> Float[Tensor, " 2**bits"]:
+def levels_of(levels: Levels, bits: int) -> Float[Tensor, " levels"]:
     """What the codes of some width stand for; not for plain numbers and vectors."""
     if levels == "normal":
         return normal_levels(bits)
@@ -195,18 +196,25 @@ class SliceTensors:
 
     mean: Float[Tensor, " D"] | None = None
     gain: Float[Tensor, " N"] | None = None
-    basis: Float[Tensor, "N D"] | None = None
-    analysis: Float[Tensor, "D N"] | None = None
+    basis: Float[Tensor, "R D"] | None = None
+    """May have more rows than there are coefficients: bands share it, and each takes the first ones."""
+    analysis: Float[Tensor, "D R"] | None = None
     """What takes a row less its mean to coefficients; to encode only. None: the transposed basis."""
     weight: Float[Tensor, " N"] | None = None
     """What a squared error of each coefficient costs, to choose scales by; to encode only."""
-    codebook: Float[Tensor, "N/vector 256 vector"] | None = None
+    codebook: Float[Tensor, "M 256 vector"] | None = None
     """Of product quantisation."""
+
+
+@functools.cache
+def all_scales() -> Float[Tensor, " 256"]:
+    """The scale of each byte, made once: what a device's powers end in is its own matter."""
+    return torch.exp2((torch.arange(256).double() - LARGEST_SCALE) / STEPS_PER_OCTAVE).float()
 
 
 def scale_of(byte: UInt8[Tensor, "U groups"]) -> Float[Tensor, "U groups"]:
     """Scales of bytes."""
-    return torch.exp2((byte.float() - LARGEST_SCALE) / STEPS_PER_OCTAVE)
+    return all_scales().to(byte.device)[byte.int()]
 
 
 def _byte_of(scale: Float[Tensor, "U groups"], *, up: bool = False) -> UInt8[Tensor, "U groups"]:
@@ -242,11 +250,12 @@ def unpack(data: UInt8[Tensor, "U bytes"], bits: int, count: int) -> Int64[Tenso
 def decode_slice(data: UInt8[Tensor, "U nbytes"], coding: Coding, tensors: SliceTensors) -> Float[Tensor, "U D"]:
     """The rows that `data` holds, in float32."""
     if coding.levels in PLAIN:
-        numbers = data.contiguous().view(torch.bfloat16 if coding.levels == "bf16" else torch.float32).float()
+        dtype = torch.bfloat16 if coding.levels == "bf16" else torch.float32
+        numbers = data.reshape(-1).view(dtype).view(len(data), -1).float()
     else:
         numbers = _coefficients(data, coding, tensors)
     if tensors.basis is not None:
-        numbers = numbers @ tensors.basis
+        numbers = numbers @ tensors.basis[: numbers.shape[1]]
     return numbers if tensors.mean is None else numbers + tensors.mean
 
 
@@ -271,11 +280,12 @@ def _coefficients(data: UInt8[Tensor, "U nbytes"], coding: Coding, tensors: Slic
 
 
 def encode_slice(rows: Float[Tensor, "U D"], coding: Coding, tensors: SliceTensors) -> UInt8[Tensor, "U nbytes"]:
-    """`rows` as bytes; scales are those with the least (weighted) squared error that a few rounds find."""
+    """`rows` as bytes; scales are those with about the least (weighted) squared error."""
     rows = rows.float()
     numbers = rows if tensors.mean is None else rows - tensors.mean
     if tensors.basis is not None:
-        numbers = numbers @ (tensors.basis.T if tensors.analysis is None else tensors.analysis)
+        analysis = tensors.basis.T if tensors.analysis is None else tensors.analysis
+        numbers = numbers @ analysis[:, : coding.num_coefficients]
     if coding.levels in PLAIN:
         dtype = torch.bfloat16 if coding.levels == "bf16" else torch.float32
         return numbers.to(dtype).contiguous().view(torch.uint8)
@@ -308,31 +318,33 @@ def _scales(
         return _byte_of(largest / 448.0, up=True)
     if coding.levels == "int" and coding.widths[0][0] == 8:  # no number is cut off: the error is half a step at most
         return _byte_of(largest / 127.0, up=True)
-    top = 1.0 if coding.levels in ("normal", "pq") else float(levels_of(coding.levels, coding.widths[0][0]).max())
-    spread = (grouped.square() * weights).sum(-1).div(weights.sum(-1).clamp(min=1e-30)).sqrt()
-    best, least = None, None
-    for start in (
-        (spread, 0.8 * spread) if top == 1.0 and coding.levels != "nf4" else (largest / top, 0.75 * largest / top)
-    ):
-        byte = _byte_of(start)
-        for _ in range(4):
-            scale = scale_of(byte)[..., None]
-            levels, _ = _nearest((grouped / scale).flatten(1)[:, : coding.num_coefficients], coding, tensors)
-            levels = torch.nn.functional.pad(levels, (0, grouped[0].numel() - levels.shape[1])).view_as(grouped)
-            error = ((levels * scale - grouped).square() * weights).sum(-1)
-            if best is None or least is None:
-                best, least = byte, error
-            else:
-                best, least = torch.where(error < least, byte, best), torch.minimum(error, least)
-            ideal = (levels * grouped * weights).sum(-1) / (levels.square() * weights).sum(-1).clamp(min=1e-30)
-            byte = _byte_of(ideal)
-    assert best is not None
+    if coding.levels in ("normal", "pq"):
+        spread = (grouped.square() * weights).sum(-1).div(weights.sum(-1).clamp(min=1e-30)).sqrt()
+        middle, reach = _byte_of(spread).int(), 12
+    else:
+        top = levels_of(coding.levels, coding.widths[0][0]).max().item()
+        middle, reach = _byte_of(largest / top).int() - 10, 12  # where the largest number is cut off a little
+
+    def error_of(byte: Tensor) -> Tensor:
+        scale = scale_of(byte)[..., None]
+        levels, _ = _nearest((grouped / scale).flatten(1)[:, : coding.num_coefficients], coding, tensors)
+        levels = torch.nn.functional.pad(levels, (0, grouped[0].numel() - levels.shape[1])).view_as(grouped)
+        return ((levels * scale - grouped).square() * weights).sum(-1)
+
+    best = middle.clamp(0, LARGEST_SCALE).to(torch.uint8)
+    least = error_of(best)
+    for offsets in (range(-reach, reach + 1, 3), (-1, 1)):
+        around = middle if len(offsets) > 2 else best.int()
+        for offset in offsets:
+            byte = (around + offset).clamp(0, LARGEST_SCALE).to(torch.uint8)
+            error = error_of(byte)
+            best, least = torch.where(error < least, byte, best), torch.minimum(error, least)
     return best
 
 
 def _nearest(
     numbers: Float[Tensor, "U N"], coding: Coding, tensors: SliceTensors
-) -> tuple[Float[Tensor, "U N"], Int64[Tensor, "U N/vector"]]:
+) -> tuple[Float[Tensor, "U N"], Int64[Tensor, "U M"]]:
     """The nearest levels, and their codes."""
     levels, codes, at = [], [], 0
     for bits, count in coding.widths:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flexmemory.tol.codec import PlainCodec, get_codec
 from flexmemory.tol.contract import check_out
+from flexmemory.tol.decoder import RowDecoder
 from flexmemory.tol.format import PAGE_BYTES
 from flexmemory.tol.pages import (
     AlignedBuffer,
@@ -71,19 +72,24 @@ class DiskRows:
                 less than half of the store, which it looks up now and at each `look_at_cache`. Where the file system
                 has no direct reads, all go through the page cache.
         """
-        self.dtype = get_codec(store.codec).dtype
+        self.dtype = store.decoded_dtype
         self.embedding, self.layers, self.num_slices = store.embedding, store.layers, store.num_slices
         self.hidden_size, self.vocab_size = store.hidden_size, store.vocab_size
         self.direct = False
         """Whether reads go around the page cache now."""
+        self.store = store
+        """What is read."""
         self._mode = direct
-        self._store = store
-        self._codec = get_codec(store.codec)
-        self._row_bytes, self._stride = store.row_bytes, store.stride_bytes
+        self._row_bytes = store.row_bytes
         self._shards, self._paths = store.manifest.shards, store.paths
         self._first_tokens = [shard.first_token for shard in self._shards]
-        self._span_rows = max(1, min(SPAN_BYTES // self._stride, SPAN_ROWS))
-        self._padding = memoryview(bytearray(self._stride - self._row_bytes))  # written by all threads, read by none
+        self._strides = [store.manifest.stride_of(shard) for shard in self._shards]
+        self._sizes = [store.bands[shard.band].row_bytes if store.bands else self._row_bytes for shard in self._shards]
+        self._positions = None if store.positions is None else store.positions.numpy()
+        unused = max(stride - size for stride, size in zip(self._strides, self._sizes, strict=True))
+        self._padding = memoryview(bytearray(unused))  # written by all threads, read by none
+        self._codec = get_codec(store.codec) if store.plain else None
+        self._decoders: dict[torch.device, RowDecoder] = {}
         self._descriptors: list[int] = []
         self._close = weakref.finalize(self, _close_all, self._descriptors)
         for path in self._paths:
@@ -105,7 +111,7 @@ class DiskRows:
         Raises:
             OSError: a file cannot be opened.
         """
-        self._cold = cached_share(self._store, most=SAMPLED_PAGES) < DIRECT_BELOW
+        self._cold = cached_share(self.store, most=SAMPLED_PAGES) < DIRECT_BELOW
         self.direct = self._mode == "always" or (self._mode == "auto" and self._cold)
         if self.direct and not self._direct_descriptors:
             for path in self._paths:
@@ -126,24 +132,45 @@ class DiskRows:
         elif len(ids):
             self._check_id(int(ids.min()))
             self._check_id(int(ids.max()))
+        if self._positions is not None:
+            ids = self._positions[ids]
         if out.is_cuda:
             if out.device not in self._staging:
                 self._staging[out.device] = Staging(out.device, row_bytes=self._row_bytes)
             self._staging[out.device].send(
-                out, fill=lambda part, buffer: self._read(ids[part], buffer.numpy()), decode=self._codec.decode
+                out,
+                fill=lambda part, buffer: self._read(ids[part], buffer.numpy()),
+                decode=lambda part, buffer: self._decode(buffer, ids[part], out[part]),
             )
         elif isinstance(self._codec, PlainCodec) and out.device.type == "cpu":
             self._read(ids, out.view(torch.uint8).numpy().reshape(len(ids), self._row_bytes))
         else:
             data = torch.empty((len(ids), self._row_bytes), dtype=torch.uint8)
             self._read(ids, data.numpy())
+            self._decode(data, ids, out)
+
+    def _decode(self, data: UInt8[Tensor, "U row_bytes"], places: np.ndarray, out: Float[Tensor, "U slices D"]) -> None:
+        """Write the rows at `places`, which `data` holds as they are stored, over `out`."""
+        if self._codec is not None:
             self._codec.decode(data, out)
+            return
+        bands = self.store.band_of(torch.from_numpy(places))
+        self.decoder(out.device).decode(data.to(out.device, non_blocking=True), bands.to(out.device), out)
+
+    def decoder(self, device: torch.device) -> RowDecoder:
+        """What decodes coded rows on a device, made once."""
+        if device not in self._decoders:
+            self._decoders[device] = RowDecoder(
+                self.store.bands, self.store.tensors, hidden_size=self.hidden_size, device=device
+            )
+        return self._decoders[device]
 
     def read_row(self, token_id: int, out: UInt8[np.ndarray, " row_bytes"]) -> None:
-        """Read one row, as the codec wrote it, into `out`, for instance pinned memory; any thread may.
+        """Read one row, as it is stored, into `out`, for instance pinned memory; any thread may.
 
         This is `gather` for a loop that has no time for tensors: no copy, no allocation, no other thread. Read around
-        the page cache, a row goes straight to `out` only where both lie on pages.
+        the page cache, a row goes straight to `out` only where both lie on pages. Where bands differ, a row may be
+        shorter than `out`, and the rest stays as it is.
 
         Raises:
             OSError: the row cannot be read.
@@ -155,12 +182,17 @@ class DiskRows:
             raise ValueError(
                 f"out must be contiguous uint8 of shape [{self._row_bytes}], got {out.dtype} of shape {list(out.shape)}"
             )
-        self._read_span(token_id, [out.data])
+        place = token_id if self._positions is None else int(self._positions[token_id])
+        self._read_span(place, [out.data[: self._sizes[self._shard_of(place)]]])
+
+    def _shard_of(self, place: int) -> int:
+        return bisect.bisect_right(self._first_tokens, place) - 1
 
     def _read(self, ids: np.ndarray, data: np.ndarray) -> None:
-        """Read the rows of `ids` (U,) over `data` (U, row_bytes), each once and in the order of the disk."""
+        """Read the rows at places `ids` (U,) over `data` (U, row_bytes), each once and in the order of the disk."""
         if len(ids) == 1:
-            self._read_span(int(ids[0]), [data[0].data])
+            place = int(ids[0])
+            self._read_span(place, [data[0, : self._sizes[self._shard_of(place)]].data])
         if len(ids) <= 1:
             return
         tokens, places, inverse = np.unique(ids, return_index=True, return_inverse=True)
@@ -183,26 +215,29 @@ class DiskRows:
 
     def _read_part(self, tokens: np.ndarray, places: np.ndarray, flat: memoryview) -> None:
         """Read the rows of ascending `tokens` to their `places` in `flat`, a table as bytes."""
-        ids, size = tokens.tolist(), self._row_bytes
-        buffers = [flat[place * size : (place + 1) * size] for place in places.tolist()]
+        ids, row = tokens.tolist(), self._row_bytes
+        starts = [place * row for place in places.tolist()]
         ends = [*self._first_tokens[1:], self.vocab_size]
         start = 0
         while start < len(ids):
-            end = min(ends[bisect.bisect_right(self._first_tokens, ids[start]) - 1], ids[start] + self._span_rows)
+            shard = self._shard_of(ids[start])
+            size, most = self._sizes[shard], max(1, min(SPAN_BYTES // self._strides[shard], SPAN_ROWS))
+            end = min(ends[shard], ids[start] + most)
             stop = start + 1
             while stop < len(ids) and ids[stop] == ids[stop - 1] + 1 < end:
                 stop += 1
-            self._read_span(ids[start], buffers[start:stop])
+            self._read_span(ids[start], [flat[at : at + size] for at in starts[start:stop]])
             start = stop
 
     def _read_span(self, token: int, rows: list[memoryview]) -> None:
-        """Read the rows that start with that of `token`, all in one file, over `rows`."""
-        number = bisect.bisect_right(self._first_tokens, token) - 1
-        shard = self._shards[number]
-        offset = shard.data_offset + (token - shard.first_token) * self._stride
+        """Read the rows that start with that at place `token`, all in one file, over `rows`."""
+        number = self._shard_of(token)
+        shard, stride = self._shards[number], self._strides[number]
+        offset = shard.data_offset + (token - shard.first_token) * stride
         buffers = rows
-        if self._padding and len(rows) > 1:
-            buffers = [buffer for row in rows for buffer in (row, self._padding)][:-1]
+        padding = self._padding[: stride - self._sizes[number]]
+        if padding and len(rows) > 1:
+            buffers = [buffer for row in rows for buffer in (row, padding)][:-1]
         done = self._read_direct(number, offset, buffers) if self.direct else 0
         if done:
             buffers = after(buffers, done)
@@ -236,7 +271,7 @@ class DiskRows:
     def _refuse_direct(self) -> None:
         self.direct = False
         level = logging.WARNING if self._mode == "always" else logging.INFO
-        logger.log(level, "%s: no direct reads here; rows are read through the page cache", self._store.path)
+        logger.log(level, "%s: no direct reads here; rows are read through the page cache", self.store.path)
 
     def _check_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
@@ -244,7 +279,7 @@ class DiskRows:
 
     def _check_open(self) -> None:
         if not self._close.alive:
-            raise ValueError(f"the rows of {self._store.path} are closed; open them again")
+            raise ValueError(f"the rows of {self.store.path} are closed; open them again")
 
     def close(self) -> None:
         """Close the files; nothing can be gathered any more."""

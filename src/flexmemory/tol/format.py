@@ -5,6 +5,8 @@
       rows-00000.safetensors    one tensor `rows` [tokens, stride_bytes] uint8, token-major, for a range of tokens
       rows-00001.safetensors    ...
       counts.safetensors        how often each token occurs, where the store has it (`tol.counts`)
+      tensors.safetensors       what rows are decoded with, where they are coded in few bits (`tol.scheme`)
+      order.safetensors         which token is where, where rows are in the order of frequency
 
 Eq. 2.9 of the paper says what a row is; Fig. 12 why the first layers come first in it.
 """
@@ -20,20 +22,18 @@ from typing import Any
 
 import numpy as np
 
-from flexmemory.config import ModelConfig
 from flexmemory.storage import read_json
-from flexmemory.tol.codec import get_codec
+from flexmemory.tol.codec import CODECS, get_codec
+from flexmemory.tol.scheme import Band, bands_from_json, bands_to_json
 
 FORMAT = "flexmemory-tol"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+PLAIN_VERSION = 2
+"""The version of stores whose rows are numbers as they are, all alike."""
 MANIFEST = "manifest.json"
 PAGE_BYTES = 4096
 DATA_OFFSET = PAGE_BYTES
 """Where rows start in a file that we write: one page holds the safetensors header."""
-SHARD_BYTES = 4 * 2**30
-"""Rows of one file, at most."""
-BLOCK_BYTES = 8 * 2**20
-"""Rows under one checksum, at most: with a power of two of rows a block is 4 to 8 MiB."""
 
 
 class ToLMismatchError(ValueError):
@@ -47,13 +47,15 @@ class Shard:
     file: str
     """Name inside the store's folder."""
     first_token: int
-    """Id of its first row."""
+    """Place of its first row, which is the token's id unless the store has an order."""
     tokens: int
     """Rows in it."""
     data_offset: int
     """Byte at which its first row starts."""
     blocks: tuple[str, ...]
     """SHA-256 of each block of `Manifest.block_rows` rows, padding included; the last block may be shorter."""
+    band: int = 0
+    """The band that its rows are of."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +67,15 @@ class Block:
     offset: int
     """Byte at which it starts in the file."""
     first_token: int
-    """Id of its first row."""
+    """Place of its first row, as in `Shard`."""
     tokens: int
     """Rows in it."""
     sha256: str
     """Hexadecimal SHA-256 of its bytes."""
+    stride_bytes: int
+    """Bytes from one of its rows to the next."""
+    band: int
+    """The band that its rows are of."""
 
     def matches(self, data: np.ndarray) -> bool:
         """Whether `data` has the recorded checksum."""
@@ -87,6 +93,27 @@ class Counts:
     """Of the file."""
     total: int
     """Tokens counted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Coded:
+    """What the manifest says of rows that are coded in few bits."""
+
+    bands: tuple[Band, ...]
+    """How rows are written; the first band's come first."""
+    strides: tuple[int, ...]
+    """Bytes from one row of each band to the next."""
+    tensors_sha256: str
+    """Of `tol.store.TENSORS`."""
+    order_sha256: str
+    """Of `tol.store.ORDER`; empty where rows are in the order of ids."""
+    errors: tuple[tuple[float, ...], ...]
+    """For each band and slice, the largest error that any number has."""
+
+    def prefix(self, slices: int) -> Coded:
+        """The same of the first slices of rows alone."""
+        bands = tuple(dataclasses.replace(band, slices=band.slices[:slices]) for band in self.bands)
+        return dataclasses.replace(self, bands=bands, errors=tuple(errors[:slices] for errors in self.errors))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,27 +144,39 @@ class Manifest:
     """The files, in the order of their tokens."""
     counts: Counts | None = None
     """How often tokens occur, where that was counted."""
+    coded: Coded | None = None
+    """How rows are coded in few bits; None where they are numbers as they are, in `codec`."""
 
     def __post_init__(self) -> None:
         """Reject manifests that contradict themselves."""
         for name in ("num_layers", "hidden_size", "vocab_size", "stride_bytes", "block_rows"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, f"{name} must be a positive integer, got {value!r}")
-        _require(isinstance(self.embedding, bool), f"embedding must be true or false, got {self.embedding!r}")
+            require(isinstance(value, int) and value > 0, f"{name} must be a positive integer, got {value!r}")
+        require(isinstance(self.embedding, bool), f"embedding must be true or false, got {self.embedding!r}")
         check_layers(self.layers, self.num_layers)
-        _require(
+        require(
             self.stride_bytes >= self.row_bytes,
             f"stride_bytes ({self.stride_bytes}) must be at least the {self.row_bytes} bytes of a row",
         )
+        if self.coded is not None:
+            slices = {len(part) for part in (*[band.slices for band in self.coded.bands], *self.coded.errors)}
+            require(slices == {self.num_slices}, f"bands have {slices} slices, expected {self.num_slices}")
+            bands = len(self.coded.bands)
+            require(len(self.coded.strides) == len(self.coded.errors) == bands, "bands, strides and errors differ")
+            for number, band in enumerate(self.coded.bands):
+                held = sum(shard.tokens for shard in self.shards if shard.band == number)
+                require(band.tokens == held, f"band {number} has {band.tokens} tokens, its shards hold {held}")
+        elif self.codec not in CODECS:
+            get_codec(self.codec)  # raises
         next_token = 0
         for number, shard in enumerate(self.shards):
-            _require(shard.file == shard_name(number), f"shard {number} must be {shard_name(number)}, got {shard.file}")
-            _require(shard.first_token == next_token and shard.tokens > 0, f"{shard.file} must start at {next_token}")
-            _require(
+            require(shard.file == shard_name(number), f"shard {number} must be {shard_name(number)}, got {shard.file}")
+            require(shard.first_token == next_token and shard.tokens > 0, f"{shard.file} must start at {next_token}")
+            require(
                 shard.data_offset >= 8, f"{shard.file}: data_offset {shard.data_offset} leaves no room for a header"
             )
             next_token += shard.tokens
-        _require(next_token == self.vocab_size, f"shards hold {next_token} tokens, expected {self.vocab_size}")
+        require(next_token == self.vocab_size, f"shards hold {next_token} tokens, expected {self.vocab_size}")
 
     @property
     def num_slices(self) -> int:
@@ -152,17 +191,37 @@ class Manifest:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token's rows, before padding."""
+        """Bytes of one token's rows, before padding: the most, where bands differ."""
+        if self.coded is not None:
+            return max(band.row_bytes for band in self.coded.bands)
         return get_codec(self.codec).row_bytes(self.num_slices, self.hidden_size)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows with their padding, headers apart."""
-        return self.vocab_size * self.stride_bytes
+        return sum(shard.tokens * self.stride_of(shard) for shard in self.shards)
+
+    def stride_of(self, shard: Shard) -> int:
+        """Bytes from one row of a shard to the next."""
+        return self.stride_bytes if self.coded is None else self.coded.strides[shard.band]
 
     def shard_bytes(self, shard: Shard) -> int:
         """Size of a shard's file."""
-        return shard.data_offset + shard.tokens * self.stride_bytes
+        return shard.data_offset + shard.tokens * self.stride_of(shard)
+
+    def prefix(self, num_layers: int) -> Manifest:
+        """The same store of which only the first layers of each row are read.
+
+        Raises:
+            ValueError: rows have fewer layers, or none are wanted.
+        """
+        if not 0 < num_layers <= len(self.layers):
+            raise ValueError(f"rows have {len(self.layers)} layers; {num_layers} of them cannot be kept")
+        return dataclasses.replace(
+            self,
+            layers=self.layers[:num_layers],
+            coded=self.coded and self.coded.prefix(self.embedding + num_layers),
+        )
 
     def blocks(self) -> Iterator[Block]:
         """Every block, in the order of its tokens."""
@@ -171,10 +230,12 @@ class Manifest:
                 first = number * self.block_rows
                 yield Block(
                     file=shard.file,
-                    offset=shard.data_offset + first * self.stride_bytes,
+                    offset=shard.data_offset + first * self.stride_of(shard),
                     first_token=shard.first_token + first,
                     tokens=min(self.block_rows, shard.tokens - first),
                     sha256=sha256,
+                    stride_bytes=self.stride_of(shard),
+                    band=shard.band,
                 )
 
     def with_blocks(self, checksums: Sequence[str]) -> Manifest:
@@ -192,70 +253,13 @@ class Manifest:
         values = dataclasses.asdict(self)
         if self.counts is None:
             del values["counts"]
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
-
-
-def plan(
-    config: ModelConfig,
-    *,
-    codec: str = "bf16",
-    embedding: bool = False,
-    layers: Sequence[int] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    block_bytes: int = BLOCK_BYTES,
-) -> Manifest:
-    """The store of a model, before any of its rows is computed: no fingerprints, no checksums.
-
-    Args:
-        config: The model.
-        codec: How numbers are written.
-        embedding: Whether a row begins with the token's input embedding.
-        layers: Layers to keep, the most important first; by default all, in the model's order.
-        shard_bytes: Bytes of rows in one file, at most (at least one row).
-        block_bytes: Bytes of rows under one checksum, at most (at least one row).
-
-    Raises:
-        ValueError: the model is dense, or codec, layers or sizes are impossible.
-    """
-    if not config.has_memory:
-        raise ValueError("a dense model has no memory to look up; ToL needs a memory or flex architecture")
-    _require(shard_bytes > 0, f"shard_bytes must be positive, got {shard_bytes}")
-    _require(block_bytes > 0, f"block_bytes must be positive, got {block_bytes}")
-    kept = tuple(range(config.num_layers)) if layers is None else tuple(layers)
-    check_layers(kept, config.num_layers)
-    stride = stride_of(get_codec(codec).row_bytes(embedding + len(kept), config.hidden_size))
-    fitting = max(1, min(block_bytes, shard_bytes) // stride)
-    block_rows = 1 << (fitting.bit_length() - 1)
-    shard_rows = max(1, shard_bytes // (block_rows * stride)) * block_rows
-    shards = tuple(
-        Shard(
-            file=shard_name(number),
-            first_token=first,
-            tokens=min(shard_rows, config.vocab_size - first),
-            data_offset=DATA_OFFSET,
-            blocks=(),
-        )
-        for number, first in enumerate(range(0, config.vocab_size, shard_rows))
-    )
-    return Manifest(
-        codec=codec,
-        embedding=embedding,
-        layers=kept,
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        stride_bytes=stride,
-        checkpoint_fingerprint="",
-        tokenizer_fingerprint="",
-        block_rows=block_rows,
-        shards=shards,
-    )
-
-
-def stride_of(row_bytes: int) -> int:
-    """`row_bytes` rounded up to whole pages where that costs under 5 %, else as it is."""
-    padded = -(-row_bytes // PAGE_BYTES) * PAGE_BYTES
-    return padded if 20 * (padded - row_bytes) < row_bytes else row_bytes
+        del values["coded"]
+        if self.coded is None:
+            for shard in values["shards"]:
+                del shard["band"]
+            return {"format": FORMAT, "format_version": PLAIN_VERSION, **values}
+        coded = {**dataclasses.asdict(self.coded), "bands": bands_to_json(self.coded.bands)}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values, "coded": coded}
 
 
 def shard_name(number: int) -> str:
@@ -293,8 +297,8 @@ def check_header(manifest: Manifest, shard: Shard, folder: Path) -> None:
 
 
 def _tensor_entry(manifest: Manifest, shard: Shard) -> dict[str, Any]:
-    size = shard.tokens * manifest.stride_bytes
-    return {"dtype": "U8", "shape": [shard.tokens, manifest.stride_bytes], "data_offsets": [0, size]}
+    stride = manifest.stride_of(shard)
+    return {"dtype": "U8", "shape": [shard.tokens, stride], "data_offsets": [0, shard.tokens * stride]}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -318,12 +322,13 @@ def read_manifest(folder: Path) -> Manifest:
     if version == 1:
         values.setdefault("embedding", False)
     try:
-        counts = values.pop("counts", None)
+        counts, coded = values.pop("counts", None), values.pop("coded", None)
         shards = tuple(Shard(**{**shard, "blocks": tuple(shard["blocks"])}) for shard in values.pop("shards"))
         manifest = Manifest(
             **{**values, "layers": tuple(values["layers"])},
             shards=shards,
             counts=None if counts is None else Counts(**counts),
+            coded=None if coded is None else _coded(coded),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: missing, unknown or ill-typed entry ({error})") from error
@@ -331,10 +336,19 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{path}: {error}") from error
     for shard in manifest.shards:
         count = -(-shard.tokens // manifest.block_rows)
-        _require(
-            len(shard.blocks) == count, f"{path}: {shard.file} has {len(shard.blocks)} checksums, expected {count}"
-        )
+        require(len(shard.blocks) == count, f"{path}: {shard.file} has {len(shard.blocks)} checksums, expected {count}")
     return manifest
+
+
+def _coded(values: dict[str, Any]) -> Coded:
+    return Coded(
+        **{
+            **values,
+            "bands": bands_from_json(values["bands"]),
+            "strides": tuple(values["strides"]),
+            "errors": tuple(tuple(errors) for errors in values["errors"]),
+        }
+    )
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> None:
@@ -362,6 +376,7 @@ def _why_absent(folder: Path) -> str:
     return f"{folder} does not exist; expected a folder written by `flexmemory tol build`"
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)

@@ -1,6 +1,7 @@
 """Rows of frequent tokens kept on the device, in front of a tier that holds them all.
 
-Real text asks for few tokens most of the time, so a small table answers most of it. Dimension key: U unique ids, H hot
+Real text asks for few tokens most of the time, so a small table answers most of it. Its rows are numbers, whatever the
+tier below keeps: rows in few bits are decoded once, when they become hot. Dimension key: U unique ids, H hot
 ids, D model width, V vocabulary.
 """
 

@@ -30,7 +30,8 @@ from flexmemory.storage import atomic_folder, read_json, write_json
 from flexmemory.tol.allocate import HEADER, Allocation, Choice, Sizes, allocate, at_price
 from flexmemory.tol.coding import WIDTHS
 from flexmemory.tol.fit import CHUNK_TOKENS, RowSource, band_sizes, check_finite
-from flexmemory.tol.format import DATA_OFFSET, ToLMismatchError, plan_of
+from flexmemory.tol.format import DATA_OFFSET, ToLMismatchError
+from flexmemory.tol.layout import layout_of
 from flexmemory.tol.rise import Rise
 from flexmemory.tol.scheme import Scheme, as_stored, bands_from_json, bands_to_json, tensors_from_file, tensors_to_file
 from flexmemory.tol.sensitivity import Feedback, Sensitivity
@@ -70,7 +71,7 @@ class StoreBytes:
 
 def store_bytes(scheme: Scheme, *, num_layers: int) -> StoreBytes:
     """Bytes of the store that `tol.build` writes by a scheme, manifest and counts apart."""
-    manifest = plan_of(
+    manifest = layout_of(
         vocab_size=scheme.vocab_size,
         hidden_size=scheme.hidden_size,
         num_layers=num_layers,

@@ -129,6 +129,12 @@ class Scheme:
         )
 
 
+def as_stored(scheme: Scheme) -> tuple[tuple[SliceTensors, ...], ...]:
+    """A scheme's tensors as a reader of the store gets them, with what encoding needs beside."""
+    stored = tensors_to_file(scheme.tensors, encoder=True)
+    return tensors_from_file(stored, bands=scheme.bands, hidden_size=scheme.hidden_size)
+
+
 def bands_to_json(bands: Sequence[Band]) -> list[dict[str, Any]]:
     """What a manifest or plan says of bands."""
     return [
@@ -175,15 +181,22 @@ def tensors_to_file(tensors: Sequence[Sequence[SliceTensors]], *, encoder: bool)
     return {name: value.contiguous() for name, value in stored.items()}
 
 
-def tensors_from_file(stored: Mapping[str, Tensor], *, bands: int, slices: int) -> tuple[tuple[SliceTensors, ...], ...]:
-    """The inverse of `tensors_to_file`, up to its rounding."""
+def tensors_from_file(
+    stored: Mapping[str, Tensor], *, bands: Sequence[Band], hidden_size: int
+) -> tuple[tuple[SliceTensors, ...], ...]:
+    """The inverse of `tensors_to_file`, up to its rounding.
+
+    Raises:
+        KeyError: a coding lacks a tensor that it needs.
+    """
+    slices = len(bands[0].slices)
     shared: list[dict[str, Tensor]] = []
     for place in range(slices):
         values = {name: stored[f"{name}.{place}"].float() for name in _SHARED if f"{name}.{place}" in stored}
         if "basis" in values:
             values["basis"] = values["basis"] * stored[f"basis_scale.{place}"]
         shared.append(values)
-    return tuple(
+    tensors = tuple(
         tuple(
             SliceTensors(
                 **shared[place],
@@ -195,5 +208,29 @@ def tensors_from_file(stored: Mapping[str, Tensor], *, bands: int, slices: int) 
             )
             for place in range(slices)
         )
-        for band in range(bands)
+        for band in range(len(bands))
     )
+    for number, band in enumerate(bands):
+        for place, coding in enumerate(band.slices):
+            if coding is not None:
+                _check(coding, tensors[number][place], hidden_size, where=f"slice {place} of band {number}")
+    return tensors
+
+
+def _check(coding: Coding, tensors: SliceTensors, hidden_size: int, *, where: str) -> None:
+    """Refuse tensors that do not fit a coding."""
+    count = coding.num_coefficients
+    width = count if coding.basis else hidden_size
+    shapes: dict[str, tuple[tuple[int, ...], Tensor | None]] = {
+        "mean": ((hidden_size,), tensors.mean),
+        "gain": ((count,), tensors.gain),
+        "basis": ((count, hidden_size), tensors.basis if tensors.basis is None else tensors.basis[:count]),
+        "codebook": ((count // coding.vector, 256, coding.vector), tensors.codebook),
+    }
+    if count != width or coding.basis != (tensors.basis is not None):
+        raise KeyError(f"{where} has {count} coefficients of {hidden_size} numbers, and needs a basis")
+    if coding.levels == "pq" and tensors.codebook is None:
+        raise KeyError(f"{where} needs a codebook")
+    for name, (shape, tensor) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise KeyError(f"{where}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")

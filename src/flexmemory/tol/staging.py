@@ -31,9 +31,11 @@ class Staging:
         out: Float[Tensor, "U slices D"],
         *,
         fill: Callable[[slice, UInt8[Tensor, "N row_bytes"]], object],
-        decode: Callable[[UInt8[Tensor, "N row_bytes"], Float[Tensor, "N slices D"]], object],
+        decode: Callable[[slice, UInt8[Tensor, "N row_bytes"]], object],
     ) -> None:
         """Fill `out` part by part: `fill` writes some of its rows as bytes, `decode` takes them to the GPU.
+
+        Each is given the rows that are meant, as a slice of `out`.
 
         Returns when the last copy is on the GPU's current stream, not when it is done.
         """
@@ -45,5 +47,5 @@ class Staging:
                 self._copied[turn].synchronize()  # until then the GPU may be reading the buffer
                 buffer = self._buffers[turn][: part.stop - part.start]
                 fill(part, buffer)
-                decode(buffer, out[part])
+                decode(part, buffer)
                 self._copied[turn].record(stream)

@@ -1,7 +1,8 @@
 """Where rows are when they are asked for: on the device, in host memory, or on disk.
 
-A tier moves rows and changes no bit of them; `tol.contract` says what it can do, `tol.disk` has the one on disk and
-`tol.hot` keeps frequent rows in front of another. Dimension key: B batch, T tokens, U unique ids, D model width.
+A tier moves rows and changes no bit of them, or decodes those that are in few bits. `tol.contract` says what it can do,
+`tol.disk` has the one on disk, `tol.coded_rows` those in memory of rows in few bits, and `tol.hot` keeps frequent rows,
+decoded, in front of another. Dimension key: B batch, T tokens, U unique ids, D model width.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from flexmemory.model.memory import MemoryRows, unique_ids
 from flexmemory.model.transformer import check_token_ids
 from flexmemory.tol.codec import get_codec
+from flexmemory.tol.coded_rows import CodedRows
 from flexmemory.tol.contract import RowTier, check_gather
 from flexmemory.tol.disk import DiskRows
 from flexmemory.tol.store import ToLStore
@@ -23,7 +25,7 @@ Where = Literal["device", "host", "disk"]
 
 
 class DeviceRows:
-    """The whole table on one device, which may be the CPU."""
+    """The whole table of a plain store on one device, which may be the CPU."""
 
     def __init__(self, store: ToLStore, *, device: torch.device | str) -> None:
         """Load and check every row.
@@ -38,6 +40,11 @@ class DeviceRows:
         self.table = _empty_table(store, device=device)
         store.read_table(self.table)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return self.table.nbytes
+
     def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U slices D"]) -> None:
         """As `RowTier.gather`."""
         check_gather(self, token_ids, out)
@@ -49,7 +56,7 @@ class DeviceRows:
 
 
 class HostRows:
-    """The whole table in host memory; from pinned memory a GPU takes rows by itself."""
+    """The whole table of a plain store in host memory; from pinned memory a GPU takes rows by itself."""
 
     def __init__(self, store: ToLStore, *, pinned: bool) -> None:
         """Load and check every row; `pinned` memory is what a GPU can read.
@@ -66,6 +73,11 @@ class HostRows:
         self._pinned = pinned
         store.read_table(self.table)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table."""
+        return self.table.nbytes
+
     def gather(self, token_ids: Int[Tensor, " U"], out: Float[Tensor, "U slices D"]) -> None:
         """As `RowTier.gather`."""
         token_ids = token_ids.cpu()
@@ -80,7 +92,9 @@ class HostRows:
             out.copy_(self.table.index_select(0, token_ids))
 
 
-def open_rows(store: ToLStore, where: Where, *, device: torch.device | str) -> DeviceRows | HostRows | DiskRows:
+def open_rows(
+    store: ToLStore, where: Where, *, device: torch.device | str
+) -> DeviceRows | HostRows | CodedRows | DiskRows:
     """The rows of `store`, kept `where`, for a model on `device`.
 
     Raises:
@@ -88,9 +102,10 @@ def open_rows(store: ToLStore, where: Where, *, device: torch.device | str) -> D
         ValueError: the store is damaged (found when the table is loaded), or there is no such tier.
     """
     if where == "device":
-        return DeviceRows(store, device=device)
+        return DeviceRows(store, device=device) if store.plain else CodedRows(store, device=device)
     if where == "host":
-        return HostRows(store, pinned=torch.device(device).type == "cuda")
+        pinned = torch.device(device).type == "cuda"
+        return HostRows(store, pinned=pinned) if store.plain else CodedRows(store, device="cpu", pinned=pinned)
     if where == "disk":
         return DiskRows(store)
     raise ValueError(f"rows can be kept on device, host or disk, got {where!r}")
@@ -101,7 +116,7 @@ def lookup(
 ) -> MemoryRows:
     """The rows of a batch, in the model's `dtype`, on `device` or else the ids' own.
 
-    Each unique id is gathered once; a table that is there already is used as it is.
+    Each unique id is gathered once; a plain table that is there already is used as it is.
 
     Raises:
         OSError: the rows cannot be read.

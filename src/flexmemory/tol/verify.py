@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import Transformer
@@ -72,15 +73,24 @@ def _verify_rows(store: ToLStore, checkpoint: Checkpoint, *, sample: int, seed: 
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(store.vocab_size, generator=generator)[:sample]
     token_ids = torch.cat((chosen, torch.tensor([0, store.vocab_size - 1]))).unique()
-    codec = get_codec(store.codec)
-    stored = torch.empty((len(token_ids), store.num_slices, store.hidden_size), dtype=codec.dtype)
+    stored = torch.empty((len(token_ids), store.num_slices, store.hidden_size), dtype=store.decoded_dtype)
     with DiskRows(store) as rows:
         rows.gather(token_ids, stored)
     model = load_for_rows(checkpoint, device="cpu")
-    low, high = _bounds(model, token_ids, store.layers, codec)
+    exact, margin = _exact(model, token_ids, store.layers)
     if store.embedding:
-        embeddings = _as_stored(model.embed(token_ids)[:, None], codec)  # moved, not computed: these bits and no others
-        low, high = torch.cat((embeddings, low), dim=1), torch.cat((embeddings, high), dim=1)
+        exact = torch.cat((model.embed(token_ids)[:, None].double(), exact), dim=1)
+        margin = F.pad(margin, (0, 0, 1, 0))  # moved, not computed: these bits and no others
+    if store.plain:
+        codec = get_codec(store.codec)
+        low, high = _as_stored(exact - margin, codec), _as_stored(exact + margin, codec)
+    else:
+        assert store.manifest.coded is not None
+        places = token_ids if store.positions is None else store.positions[token_ids]
+        errors = torch.tensor(store.manifest.coded.errors, dtype=torch.float64)[store.band_of(places)]  # (U, slices)
+        # As decoded, rounded to bf16 at last.
+        margin = margin + errors[..., None] * 1.001 + torch.finfo(torch.bfloat16).eps * stored.double().abs()
+        low, high = exact - margin, exact + margin
     inside = (low <= stored) & (stored <= high)  # false for NaN
     if not inside.all():
         row, place, element = (~inside).nonzero()[0].tolist()
@@ -92,14 +102,15 @@ def _verify_rows(store: ToLStore, checkpoint: Checkpoint, *, sample: int, seed: 
     return len(token_ids)
 
 
-def _bounds(
-    model: Transformer, token_ids: Int[Tensor, " U"], layers: tuple[int, ...], codec: Codec
-) -> tuple[Float[Tensor, "U slices D"], Float[Tensor, "U slices D"]]:
-    """The smallest and largest number that each number of a row may be stored as.
+def _exact(
+    model: Transformer, token_ids: Int[Tensor, " U"], layers: tuple[int, ...]
+) -> tuple[Float[Tensor, "U slices D"], Float[Tensor, "U slices 1"]]:
+    """Rows in fp64, and how far from them a number may have been before it was stored.
 
     GEMMs of another height round differently, so rows are not bitwise what they were at building. But they are within
-    rounding of the exact (fp64) row, and how large rounding is for this token and layer shows in one computation: a
-    few times its largest error. Codecs round monotonically, so what is stored lies between the two ends as stored.
+    rounding of the exact row, and how large rounding is for this token and layer shows in one computation: a few times
+    its largest error. Plain codecs round monotonically, so what is stored lies between the two ends as stored; rows in
+    few bits are as far off as the manifest says, at most.
     """
     kept = list(layers)
     embeddings = model.embed(token_ids).double()
@@ -107,8 +118,7 @@ def _bounds(
     computed = model.compute_rows(token_ids)[:, kept]
     error = (computed.double() - exact).abs().amax(dim=-1, keepdim=True)
     scale = exact.abs().amax(dim=-1, keepdim=True)
-    margin = SLACK * (error + torch.finfo(computed.dtype).eps * scale)
-    return _as_stored(exact - margin, codec), _as_stored(exact + margin, codec)
+    return exact, SLACK * (error + torch.finfo(computed.dtype).eps * scale)
 
 
 def _as_stored(rows: Float[Tensor, "U slices D"], codec: Codec) -> Float[Tensor, "U slices D"]:
