@@ -168,6 +168,7 @@ def test_tuned_tensors_decode_the_same_codes_better(nano, planned, tmp_path):
     tuned = tune(made.scheme, model, source, text, rates={"mean": 0.02, "gain": 0.02, "basis": 0.002})
     ids = torch.arange(V)
     rows = source(ids)[:, 1:][:, list(tuned.layers)]
+    assert tuned.order is not None
     members = tuned.order[-100:]
     assert torch.equal(tuned.encode(rows[members], 5), made.scheme.encode(rows[members], 5))
     assert not torch.equal(coded_rows(tuned, source, ids), coded_rows(made.scheme, source, ids))

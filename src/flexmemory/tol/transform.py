@@ -99,7 +99,7 @@ def fit_transform(
         directions = round_basis(_principal(targets - mean, sample.share**power, metric), bits=basis)
         analysis = torch.linalg.inv(directions.double()).float()
         variance = _variances((targets - mean) @ analysis, sample, bands)
-        weight = torch.einsum("nd,de,ne->n", directions, metric, directions)
+        weight = torch.einsum("cd,de,ce->c", directions, metric, directions)
         tokens = torch.tensor([float(band.stop - band.start) for band in bands])
         importance = torch.einsum("b,bn->n", tokens, (variance * weight).clamp(min=1e-30).log())
         order = importance.argsort(descending=True, stable=True)
