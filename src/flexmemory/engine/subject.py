@@ -157,7 +157,7 @@ def random_store(
         config: The model.
         num_ids: Ids that have rows.
         embedding: Whether rows carry it.
-        codec: How rows are written; `planned` is like what a plan for a twelfth of bf16 chooses (`planned_bands`).
+        codec: How rows are written; `planned` is like what a plan for a tenth of bf16 chooses (`planned_bands`).
 
     Raises:
         FileExistsError: the folder exists.
