@@ -39,7 +39,7 @@ def noise(width: int) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One way to write a layer: with a basis or without."""
+    """A layer's transform, as far as its coding depends on it."""
 
     basis: bool
     spread: Float[Tensor, "bands N"]
@@ -54,8 +54,6 @@ class Allocation:
 
     codings: tuple[tuple[Coding | None, ...], ...]
     """`codings[layer][band]`."""
-    basis: tuple[bool, ...]
-    """Of each layer."""
     cost: float
     """What the choices cost together, as `Choice` counts."""
 
@@ -74,7 +72,9 @@ class Sizes:
     """D."""
     fixed: int
     """Bytes of all rows and files that no choice changes."""
-    widths: tuple[int, ...] = (*WIDTHS,)
+    basis_bits: int = 8
+    """Of a number of a basis."""
+    widths: tuple[int, ...] = WIDTHS
     """Bits that codes may have; 16 are plain bf16 numbers, which are alone then."""
 
     def residents(self, layer: Sequence[Coding | None]) -> int:
@@ -84,7 +84,9 @@ class Sizes:
             return 0
         size = 2 * self.width + HEADER
         if any(coding.basis for coding in present):
-            size += (self.width + 4) * max(coding.num_coefficients for coding in present) + 2 * HEADER
+            size += (self.width * self.basis_bits // 8 + 4) * max(
+                coding.num_coefficients for coding in present
+            ) + 2 * HEADER
         return size + sum(
             GAIN_BYTES * coding.num_coefficients + HEADER for coding in present if coding.levels != "bf16"
         )
@@ -92,7 +94,7 @@ class Sizes:
     def nbytes(self, codings: Sequence[Sequence[Coding | None]]) -> int:
         """Bytes of all rows and tensors."""
         rows = sum(
-            tokens * max(1, sum(layer[band].nbytes for layer in codings if layer[band]))
+            tokens * max(1, sum(coding.nbytes for layer in codings if (coding := layer[band])))
             for band, tokens in enumerate(self.tokens)
         )
         return self.fixed + rows + sum(map(self.residents, codings))
@@ -103,11 +105,11 @@ HEADER = 90
 GAIN_BYTES = 2
 
 
-def allocate(layers: Sequence[Sequence[Choice]], sizes: Sizes, *, budget_bytes: int) -> Allocation | None:
+def allocate(layers: Sequence[Choice], sizes: Sizes, *, budget_bytes: int) -> Allocation | None:
     """The allocation of about the least cost whose `Sizes.nbytes` is within the budget; None where there is none.
 
     Args:
-        layers: The ways to write each layer.
+        layers: What is known of each layer.
         sizes: What bytes depend on.
         budget_bytes: Of rows and tensors together.
     """
@@ -123,20 +125,10 @@ def allocate(layers: Sequence[Sequence[Choice]], sizes: Sizes, *, budget_bytes: 
     return best
 
 
-def at_price(layers: Sequence[Sequence[Choice]], sizes: Sizes, *, price: float) -> Allocation:
+def at_price(layers: Sequence[Choice], sizes: Sizes, *, price: float) -> Allocation:
     """What is best for each layer where a byte costs `price`."""
-    chosen = []
-    for choices in layers:
-        options = []
-        for choice in choices:
-            codings, cost = _codings(choice, sizes, price=price)
-            options.append((cost + price * sizes.residents(codings), cost, codings, choice.basis))
-        chosen.append(min(options, key=lambda option: option[0]))
-    return Allocation(
-        codings=tuple(codings for _, _, codings, _ in chosen),
-        basis=tuple(basis for *_, basis in chosen),
-        cost=sum(cost for _, cost, _, _ in chosen),
-    )
+    found = [_codings(choice, sizes, price=price) for choice in layers]
+    return Allocation(codings=tuple(codings for codings, _ in found), cost=sum(cost for _, cost in found))
 
 
 def _codings(choice: Choice, sizes: Sizes, *, price: float) -> tuple[tuple[Coding | None, ...], float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flexmemory.tol.coding import Coding, SliceTensors, coding_of, levels_of
-from flexmemory.tol.scheme import Band, Scheme
+from flexmemory.tol.scheme import Band, Scheme, round_basis
 
 RowSource = Callable[[Int64[Tensor, " U"]], Float[Tensor, "U P D"]]
 """Rows of tokens in at least fp32: the input embedding, then all layers (`tol.build.RowSource`)."""
@@ -232,7 +232,7 @@ def _fit_slice(coding: Coding, statistics: RowStatistics, place: int, *, seed: i
     """Tensors of one slice, all tokens in one band."""
     mean = statistics.overall_mean[place].half().float()
     if coding.basis:
-        basis = as_int8(principal_basis(statistics.covariance(place))[: coding.num_coefficients])
+        basis = round_basis(principal_basis(statistics.covariance(place))[: coding.num_coefficients], bits=8)
         analysis = torch.linalg.pinv(basis.double()).float()
         spread = torch.einsum("dn,de,en->n", analysis, statistics.covariance(place), analysis).clamp(min=0).sqrt()
         # No coefficient is larger than the row is long.
@@ -256,12 +256,6 @@ def _fit_slice(coding: Coding, statistics: RowStatistics, place: int, *, seed: i
 def principal_basis(covariance: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
     """Orthonormal directions, as rows, that of the largest variance first."""
     return torch.linalg.eigh(covariance.double()).eigenvectors.flip(1).T.float()
-
-
-def as_int8(basis: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-    """The basis as a store holds it, so that coefficients can be those of it."""
-    scale = basis.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
-    return (basis / scale).round() * scale
 
 
 def safe_gain(coding: Coding, *, spread: Float[Tensor, " N"], bound: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -296,7 +290,7 @@ def codebooks(numbers: Float[Tensor, "S N"], *, vector: int, seed: int) -> Float
     for part in numbers.cpu().split(vector, dim=1):
         means = faiss.Kmeans(vector, 256, niter=25, seed=seed + 1, min_points_per_centroid=1)
         means.train(part.contiguous().numpy())
-        books.append(torch.from_numpy(means.centroids.copy()))
+        books.append(torch.tensor(means.centroids))
     return torch.stack(books).half().float().to(numbers.device)
 
 

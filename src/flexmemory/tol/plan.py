@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.storage import atomic_folder, read_json, write_json
-from flexmemory.tol.allocate import HEADER, Allocation, Sizes, allocate, at_price
+from flexmemory.tol.allocate import HEADER, Allocation, Choice, Sizes, allocate, at_price
 from flexmemory.tol.coding import WIDTHS
 from flexmemory.tol.fit import CHUNK_TOKENS, RowSource, band_sizes, check_finite
 from flexmemory.tol.format import DATA_OFFSET, ToLMismatchError
@@ -35,12 +35,14 @@ from flexmemory.tol.layout import layout_of
 from flexmemory.tol.rise import Rise
 from flexmemory.tol.scheme import Scheme, as_stored, bands_from_json, bands_to_json, tensors_from_file, tensors_to_file
 from flexmemory.tol.sensitivity import Feedback, Sensitivity
-from flexmemory.tol.transform import Sample, coded, fed_back, fit_transform, make_scheme
+from flexmemory.tol.transform import BASIS_POWER, Sample, Transform, coded, fed_back, fit_transform, make_scheme
 
 FORMAT = "flexmemory-tol-plan"
 FORMAT_VERSION = 1
 PLAN = "plan.json"
 TENSORS = "plan.safetensors"
+_CHOOSING = "encoder."
+"""Begins the names of tensors that codes are chosen for, where others decode them."""
 PASSES = 3
 SAMPLE_BYTES = 2**30
 """Of rows that plans are made with, at most."""
@@ -117,7 +119,7 @@ def make_plan(
         counts: How often each token occurs in text like that of interest.
         budget_bytes: Of the store (`store_bytes`).
         embedding: Whether rows begin with the input embedding, in bf16.
-        basis: Whether layers have bases; by default those have one for which it pays.
+        basis: Whether layers have bases; by default both ways are tried.
         low_rank: Whether coefficients are bf16 numbers, so that only their number is chosen.
         feedback: Whether errors are fed back to later layers.
         passes: How often transforms and widths are fitted.
@@ -139,39 +141,52 @@ def make_plan(
         fixed=fixed + embedding * 2 * width * len(counts),
         widths=(16,) if low_rank else WIDTHS,
     )
-    kinds = (True,) if low_rank else (True, False) if basis is None else (basis,)
     best: tuple[float, Scheme] | None = None
-    targets = sample.rows
-    for number in range(passes):
-        power = 1.0 if low_rank else 0.25
-        transforms = [
-            {
-                kind: fit_transform(targets[:, layer], sample, layer, back.cost[layer], basis=kind, power=power)
-                for kind in kinds
-            }
-            for layer in range(layers)
-        ]
-        choices = [[transform.choice for transform in each.values()] for each in transforms]
+    for kind in _basis_bits(basis, low_rank=low_rank):
+        targets = sample.rows
+        sizes = dataclasses.replace(sizes, basis_bits=kind)
+        for number in range(passes):
+            power = 1.0 if low_rank else BASIS_POWER
+            transforms = [
+                fit_transform(targets[:, layer], sample, layer, back.cost[layer], basis=kind, power=power)
+                for layer in range(layers)
+            ]
 
-        def scheme_of(allocation: Allocation, transforms: Any = transforms, targets: Tensor = targets) -> Scheme:
-            made = make_scheme(
-                transforms, allocation, targets, sample, tokens=tokens, layers=names, order=order, embedding=embedding,
-                feedback=back,
+            def scheme_of(
+                allocation: Allocation,
+                transforms: Sequence[Transform] = transforms,
+                targets: Float[Tensor, "U L D"] = targets,
+            ) -> Scheme:
+                made = make_scheme(
+                    transforms, allocation, targets, sample, tokens=tokens, layers=names, order=order,
+                    embedding=embedding, feedback=back,
+                )  # fmt: skip
+                return dataclasses.replace(made, tensors=as_stored(made))
+
+            scheme = _within(budget_bytes, [transform.choice for transform in transforms], sizes, scheme_of)
+            decoded = coded(scheme, sample)
+            targets = fed_back(sample.rows, decoded, back)
+            predicted = float(sensitivity.rise(decoded - sample.rows, sample.share))
+            logger.info(
+                "pass %d, %d bits a number of bases: predicted rise of the perplexity %.4f %%",
+                number + 1, kind, 100 * predicted,
             )  # fmt: skip
-            return dataclasses.replace(made, tensors=as_stored(made))
-
-        scheme = _within(budget_bytes, choices, sizes, scheme_of)
-        decoded = coded(scheme, sample)
-        targets = fed_back(sample.rows, decoded, back)
-        predicted = float(sensitivity.rise(decoded - sample.rows, sample.share))
-        logger.info("pass %d: predicted rise of the perplexity %.4f %%", number + 1, 100 * predicted)
-        if best is None or predicted < best[0]:
-            best = predicted, scheme
+            if best is None or predicted < best[0]:
+                best = predicted, scheme
     assert best is not None
     return Plan(scheme=best[1], size=store_bytes(best[1], num_layers=layers), predicted=best[0])
 
 
-def _within(budget_bytes: int, choices: Sequence[Any], sizes: Sizes, scheme_of: Any) -> Scheme:
+def _basis_bits(basis: bool | None, *, low_rank: bool) -> tuple[int, ...]:
+    """Bits of the numbers of bases to try; 0 is no basis."""
+    if low_rank:
+        return (8,)
+    return {None: (4, 0), True: (4,), False: (0,)}[basis]
+
+
+def _within(
+    budget_bytes: int, choices: Sequence[Choice], sizes: Sizes, scheme_of: Callable[[Allocation], Scheme]
+) -> Scheme:
     """The scheme of the best allocation that fits the budget to the byte."""
     target = budget_bytes
     for _ in range(20):
@@ -225,7 +240,7 @@ def draw_sample(
     )
 
 
-def _factors(sensitivity: Sensitivity, ids: Sequence[Int64[Tensor, " U"]]) -> Float[Tensor, "bands L"]:
+def _factors(sensitivity: Sensitivity, ids: Sequence[Tensor]) -> Float[Tensor, "bands L"]:
     """What errors cost at the tokens of each band, relative to all; 1 where the text says little of a band."""
     overall = sensitivity.token_squares.sum(0) / max(1, sensitivity.positions)
     factors = []
@@ -259,9 +274,11 @@ def save_plan(folder: Path, plan: Plan, checkpoint: Checkpoint, *, extra: dict[s
         OSError: a file could not be written.
     """
     scheme = plan.scheme
-    tensors = tensors_to_file(scheme.tensors, encoder=True)
+    tensors = tensors_to_file(scheme.tensors, encoder=scheme.encoder is None)
     if scheme.order is not None:
         tensors["order"] = scheme.order.to(torch.int32)
+    if scheme.encoder is not None:
+        tensors |= {_CHOOSING + name: each for name, each in tensors_to_file(scheme.encoder, encoder=True).items()}
     for layer, matrices in scheme.feedback.items():
         tensors |= {f"feedback.{layer}.{later}": matrix.half().contiguous() for later, matrix in matrices.items()}
     with atomic_folder(folder) as partial:
@@ -321,6 +338,7 @@ def load_plan(folder: Path, checkpoint: Checkpoint) -> Scheme:
 
 def _scheme(values: dict[str, Any], stored: dict[str, Tensor]) -> Scheme:
     bands = bands_from_json(values["bands"])
+    choosing = {name.removeprefix(_CHOOSING): each for name, each in stored.items() if name.startswith(_CHOOSING)}
     feedback: dict[int, dict[int, Tensor]] = {}
     for name, matrix in stored.items():
         if name.startswith("feedback."):
@@ -335,4 +353,5 @@ def _scheme(values: dict[str, Any], stored: dict[str, Tensor]) -> Scheme:
         tensors=tensors_from_file(stored, bands=bands, hidden_size=values["hidden_size"]),
         order=stored["order"].long() if "order" in stored else None,
         feedback=feedback,
+        encoder=tensors_from_file(choosing, bands=bands, hidden_size=values["hidden_size"]) if choosing else None,
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int8, Int64, UInt8
 from torch import Tensor
 
 from flexmemory.tol.coding import Coding, SliceTensors, decode_slice, encode_slice
@@ -20,6 +20,8 @@ from flexmemory.tol.coding import Coding, SliceTensors, decode_slice, encode_sli
 _SHARED = ("mean", "basis", "codebook", "analysis")
 """Tensors of a slice that all bands share; the others are of one band."""
 _ENCODER = ("analysis", "weight")
+_DTYPES = {"analysis": torch.float32, "weight": torch.float32, "gain": torch.bfloat16}
+"""As stored, where not fp16. Codes are chosen for gains as they are stored, so that few digits do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,8 @@ class Scheme:
     feedback: Mapping[int, Mapping[int, Float[Tensor, "D D"]]] = dataclasses.field(default_factory=dict)
     """What an error of a layer's row takes off the rows of later layers: `feedback[layer][later] @ error`. The residual
     stream keeps an error, so later rows can make up for part of it; decoding does not know."""
+    encoder: tuple[tuple[SliceTensors, ...], ...] | None = None
+    """What codes are chosen for, where that is not `tensors`: these can be tuned for given codes."""
 
     @property
     def num_slices(self) -> int:
@@ -79,7 +83,7 @@ class Scheme:
 
     def encode(self, rows: Float[Tensor, "U P D"], band: int) -> UInt8[Tensor, "U row_bytes"]:
         """Rows of tokens of one band as bytes."""
-        codings, tensors = self.bands[band].slices, self.tensors[band]
+        codings, tensors = self.bands[band].slices, (self.encoder or self.tensors)[band]
         targets = {place: rows[:, place].float() for place in range(self.num_slices)}
         places = {layer: self.embedding + number for number, layer in enumerate(self.layers)}
         parts: list[Tensor] = [rows.new_empty((len(rows), 0), dtype=torch.uint8)] * self.num_slices
@@ -122,6 +126,7 @@ class Scheme:
         return dataclasses.replace(
             self,
             tensors=tuple(tuple(map(to, band)) for band in self.tensors),
+            encoder=self.encoder and tuple(tuple(map(to, band)) for band in self.encoder),
             feedback={
                 layer: {later: matrix.to(device) for later, matrix in matrices.items()}
                 for layer, matrices in self.feedback.items()
@@ -158,7 +163,7 @@ def bands_from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Band, ...]:
 
 
 def tensors_to_file(tensors: Sequence[Sequence[SliceTensors]], *, encoder: bool) -> dict[str, Tensor]:
-    """Named tensors, as they are stored: bases in int8 with a scale for each coefficient, the others in fp16 or fp32.
+    """Named tensors as stored: bases in 4 or 8 bits with a scale for each coefficient, gains in bf16, others in fp16.
 
     Args:
         tensors: Of each slice of each band.
@@ -173,11 +178,9 @@ def tensors_to_file(tensors: Sequence[Sequence[SliceTensors]], *, encoder: bool)
                     continue
                 name = f"{field.name}.{place}" if field.name in _SHARED else f"{field.name}.{place}.{band}"
                 if field.name == "basis":
-                    scale = value.abs().amax(dim=1, keepdim=True) / 127
-                    stored[name] = (value / scale).round().to(torch.int8).cpu()
-                    stored[f"basis_scale.{place}"] = scale.cpu()
+                    stored[name], stored[f"basis_scale.{place}"] = (part.cpu() for part in pack_basis(value))
                 else:
-                    stored[name] = value.to(torch.float32 if field.name in (*_ENCODER, "gain") else torch.float16).cpu()
+                    stored[name] = value.to(_DTYPES.get(field.name, torch.float16)).cpu()
     return {name: value.contiguous() for name, value in stored.items()}
 
 
@@ -194,7 +197,7 @@ def tensors_from_file(
     for place in range(slices):
         values = {name: stored[f"{name}.{place}"].float() for name in _SHARED if f"{name}.{place}" in stored}
         if "basis" in values:
-            values["basis"] = values["basis"] * stored[f"basis_scale.{place}"]
+            values["basis"] = unpack_basis(stored[f"basis.{place}"], stored[f"basis_scale.{place}"])
         shared.append(values)
     tensors = tuple(
         tuple(
@@ -215,6 +218,34 @@ def tensors_from_file(
             if coding is not None:
                 _check(coding, tensors[number][place], hidden_size, where=f"slice {place} of band {number}")
     return tensors
+
+
+def round_basis(basis: Float[Tensor, "R D"], *, bits: int) -> Float[Tensor, "R D"]:
+    """The basis as a store holds it in 4 or 8 bits, so that coefficients can be those of it."""
+    largest = (1 << (bits - 1)) - 1
+    scale = basis.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / largest
+    return (basis / scale).round() * scale
+
+
+def pack_basis(
+    basis: Float[Tensor, "R D"],
+) -> tuple[Int8[Tensor, "R D"] | UInt8[Tensor, "R half"], Float[Tensor, "R 1"]]:
+    """Whole numbers of 8 bits and the scale of each row; of 4 bits, two in a byte, where these hold it exactly."""
+    largest = basis.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    few = basis / largest * 7
+    if basis.shape[1] % 2 == 0 and bool((few - few.round()).abs().max() < 1e-3):
+        whole = (few.round() + 8).to(torch.uint8)
+        return whole[:, ::2] | whole[:, 1::2] << 4, largest / 7
+    return (basis / (largest / 127)).round().to(torch.int8), largest / 127
+
+
+def unpack_basis(
+    stored: Int8[Tensor, "R D"] | UInt8[Tensor, "R half"], scale: Float[Tensor, "R 1"]
+) -> Float[Tensor, "R D2"]:
+    """The inverse of `pack_basis`."""
+    if stored.dtype == torch.int8:
+        return stored.float() * scale
+    return (torch.stack((stored & 15, stored >> 4), dim=2).flatten(1).float() - 8) * scale
 
 
 def _check(coding: Coding, tensors: SliceTensors, hidden_size: int, *, where: str) -> None:

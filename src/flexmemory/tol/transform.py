@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flexmemory.tol.allocate import Allocation, Choice, falling
 from flexmemory.tol.coding import SliceTensors, coding_of
-from flexmemory.tol.fit import CHUNK_TOKENS, as_int8
-from flexmemory.tol.scheme import Band, Scheme
+from flexmemory.tol.fit import CHUNK_TOKENS
+from flexmemory.tol.scheme import Band, Scheme, round_basis
 from flexmemory.tol.sensitivity import Feedback
 
 RIDGE = 0.01
@@ -77,7 +77,7 @@ def fit_transform(
     layer: int,
     metric: Float[Tensor, "D D"],
     *,
-    basis: bool,
+    basis: int,
     power: float = BASIS_POWER,
 ) -> Transform:
     """The transform of a layer whose slices are to be `targets`.
@@ -87,7 +87,7 @@ def fit_transform(
         sample: Their shares and bands.
         layer: Which layer it is.
         metric: What errors of its slices cost.
-        basis: Whether to have a basis: the principal directions under the metric.
+        basis: Bits of the numbers of a basis, the principal directions under the metric; 0 for no basis.
         power: Of the shares, in the moments that the basis comes from.
     """
     mean = (sample.share[:, None] * targets).sum(0).half().float()
@@ -96,7 +96,7 @@ def fit_transform(
     directions = analysis = None
     weight = metric.diagonal()
     if basis:
-        directions = _principal(targets - mean, sample.share**power, metric)
+        directions = round_basis(_principal(targets - mean, sample.share**power, metric), bits=basis)
         analysis = torch.linalg.inv(directions.double()).float()
         variance = _variances((targets - mean) @ analysis, sample, bands)
         weight = torch.einsum("nd,de,ne->n", directions, metric, directions)
@@ -121,14 +121,14 @@ def fit_transform(
         variance=variance,
         weight=weight,
         metric=metric,
-        choice=Choice(basis=basis, spread=falling(spread) if basis else spread, dropped=torch.stack(dropped)),
+        choice=Choice(basis=bool(basis), spread=falling(spread) if basis else spread, dropped=torch.stack(dropped)),
     )
 
 
 def _principal(
     centred: Float[Tensor, "U D"], shares: Float[Tensor, " U"], metric: Float[Tensor, "D D"]
 ) -> Float[Tensor, "D D"]:
-    """Directions, orthogonal under the metric, as a store holds them."""
+    """Directions, orthogonal under the metric."""
     values, vectors = torch.linalg.eigh(metric.double())
     values = values.clamp(min=0) + RIDGE * values.mean().clamp(min=1e-30)
     root = (vectors * values.sqrt()) @ vectors.T
@@ -136,7 +136,7 @@ def _principal(
     turned = centred.double() @ root
     moments = turned.T @ ((shares / shares.sum()).double()[:, None] * turned)
     found = torch.linalg.eigh(moments).eigenvectors.flip(1)
-    return as_int8((found.T @ inverse).float())
+    return (found.T @ inverse).float()
 
 
 def _variances(numbers: Float[Tensor, "U N"], sample: Sample, bands: Sequence[slice]) -> Float[Tensor, "bands N"]:
@@ -149,7 +149,7 @@ def _variances(numbers: Float[Tensor, "U N"], sample: Sample, bands: Sequence[sl
 
 
 def make_scheme(
-    transforms: Sequence[dict[bool, Transform]],
+    transforms: Sequence[Transform],
     allocation: Allocation,
     targets: Float[Tensor, "U L D"],
     sample: Sample,
@@ -160,11 +160,11 @@ def make_scheme(
     embedding: bool,
     feedback: Feedback,
 ) -> Scheme:
-    """The scheme that carries out an allocation; `transforms[layer][with a basis or not]`."""
+    """The scheme that carries out an allocation."""
     width = targets.shape[2]
     columns: dict[int, list[SliceTensors]] = {}
-    for layer, basis in enumerate(allocation.basis):
-        columns[layer] = _layer_tensors(transforms[layer][basis], allocation.codings[layer], targets[:, layer], sample)
+    for layer, transform in enumerate(transforms):
+        columns[layer] = _layer_tensors(transform, allocation.codings[layer], targets[:, layer], sample)
     bands, tensors = [], []
     for number, count in enumerate(tokens):
         codings = allocation.bands(number)

@@ -1,0 +1,217 @@
+"""Bytes of a store against what they cost in perplexity: one codec for all rows, plans, and layers left out.
+
+    python benchmarks/tol_frontier.py CHECKPOINT --data DATA --out benchmarks/results/tol_frontier_NAME.json
+
+DATA is a folder of `flexmemory prepare`: the training split calibrates and counts, the validation split is measured on.
+Rises are of the same windows with both rows; standard errors are over windows. Beside OUT goes a picture, OUT as .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmemory.cli.tol_plan import draw_windows
+from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.provenance import provenance
+from flexmemory.tol.build import ModelRows
+from flexmemory.tol.fit import fit
+from flexmemory.tol.plan import make_plan, store_bytes
+from flexmemory.tol.rise import coded_rows, compare_rises
+from flexmemory.tol.scheme import Scheme
+from flexmemory.tol.sensitivity import cached_sensitivity
+from flexmemory.train.data import TokenDataset
+from flexmemory.train.frequency import token_counts
+
+CODECS = ("bf16", "int8", "normal6", "int4", "nf4", "normal4", "normal3", "normal2")
+SHARES = (2, 4, 8, 14)
+"""Budgets of plans: parts of the bytes in bf16."""
+STYLES = {
+    "one codec": ("#0072B2", "o"),
+    "SVD, one rank": ("#D55E00", "s"),
+    "layers left out": ("#CC79A7", "v"),
+    "planned": ("#009E73", "D"),
+    "planned, low rank": ("#E69F00", "^"),
+}
+
+
+class Bench:
+    """A model, and the rows of all of its tokens."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.set_num_threads(args.threads)
+        self.checkpoint = Checkpoint.open(args.checkpoint)
+        self.config = self.checkpoint.config
+        self.model = self.checkpoint.load(dtype=torch.float32).requires_grad_(False)
+        self.data = TokenDataset.open(args.data)
+        self.counts = token_counts(self.data.train, vocab_size=self.config.vocab_size)
+        self.ids = torch.arange(self.config.vocab_size)
+        rows = ModelRows(self.checkpoint, device="cpu")
+        self.table = torch.cat([rows(part) for part in self.ids.split(1024)]).clone()
+        windows = draw_windows(args.data, self.checkpoint, split="train", tokens=args.calibration, seed=0)
+        self.sensitivity = cached_sensitivity(
+            self.model, windows[:, :-1], folder=args.cache, fingerprint=self.checkpoint.fingerprint
+        )
+        self.text = self._validation(args.max_windows)
+        self.plain_bytes = 2 * self.table[:, 1:].numel()
+
+    def source(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table[ids]
+
+    def _validation(self, most: int | None) -> torch.Tensor:
+        stream, length = self.data.validation, self.config.max_seq_len
+        assert stream is not None
+        count = stream.num_windows(length)
+        numbers = range(count) if most is None else [count * i // most for i in range(min(most, count))]
+        return torch.stack([torch.from_numpy(stream.window(number, seq_len=length)) for number in numbers])
+
+    def rows_of(self, scheme: Scheme) -> torch.Tensor:
+        rows = torch.zeros_like(self.table[:, 1:])
+        rows[:, list(scheme.layers)] = coded_rows(scheme, self.source, self.ids)
+        return rows
+
+    def uniform(self, codec: str) -> tuple[int, torch.Tensor]:
+        layers = range(self.config.num_layers)
+        scheme = fit(codec, self.source, vocab_size=len(self.ids), hidden_size=self.config.hidden_size, layers=layers)
+        return store_bytes(scheme, num_layers=len(layers)).total, self.rows_of(scheme)
+
+    def planned(self, budget: int, **options: Any) -> tuple[int, torch.Tensor, float]:
+        made = make_plan(self.source, self.sensitivity, counts=self.counts, budget_bytes=budget, **options)
+        return made.size.total, self.rows_of(made.scheme), made.predicted
+
+    def dropped(self, count: int) -> tuple[int, torch.Tensor]:
+        rows = self.table[:, 1:]
+        share = self.counts / self.counts.sum()
+        blocks = self.sensitivity.blocks[:, 0]
+        cost = torch.stack([(share * ((rows[:, n] @ blocks[n]) * rows[:, n]).sum(1)).sum() for n in range(len(blocks))])
+        left = rows.bfloat16().float().clone()
+        left[:, cost.argsort()[:count]] = 0
+        return self.plain_bytes * (len(blocks) - count) // len(blocks), left
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, help="where sensitivities are kept")
+    parser.add_argument("--calibration", type=int, default=131_072, help="tokens that say what errors cost")
+    parser.add_argument("--max-windows", type=int, help="measure on so many windows, evenly spaced, instead of all")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    bench = Bench(args)
+    half = bench.config.hidden_size // 2
+    pending: list[tuple[str, str, int, torch.Tensor, float | None]] = []
+    results: list[dict[str, Any]] = []
+
+    def measure() -> None:
+        rises = compare_rises(
+            bench.model,
+            bench.text,
+            {name: (lambda ids, rows=rows: rows[ids]) for _, name, _, rows, _ in pending},
+            layers=range(bench.config.num_layers),
+        )
+        for kind, name, size, _, predicted in pending:
+            found = rises[name]
+            results.append(
+                {
+                    "kind": kind,
+                    "name": name,
+                    "bytes": size,
+                    "times_smaller": bench.plain_bytes / size,
+                    "rise_percent": found.percent,
+                    "stderr": found.percent_stderr,
+                    "predicted_percent": None if predicted is None else 100 * math.expm1(predicted),
+                }
+            )
+            logging.info("%s", results[-1])
+        pending.clear()
+        report = {
+            "model": bench.checkpoint.path.name,
+            "checkpoint_fingerprint": bench.checkpoint.fingerprint,
+            "bf16_bytes": bench.plain_bytes,
+            "calibration_tokens": args.calibration,
+            "tokens": found.tokens,
+            "loss": found.loss,
+            "perplexity": math.exp(found.loss),
+            "results": results,
+            "provenance": provenance(),
+        }
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+    for share in SHARES:
+        size, rows, predicted = bench.planned(bench.plain_bytes // share, basis=True, passes=2)
+        pending.append(("planned", f"planned 1/{share}", size, rows, predicted))
+    measure()
+    size, rows = bench.uniform(f"svd{half}")
+    pending.append(("SVD, one rank", f"svd{half}", size, rows, None))
+    planned = bench.planned(size, low_rank=True, passes=2)
+    pending.append(("planned, low rank", "planned, low rank", *planned))
+    pending.append(
+        (
+            "planned, low rank",
+            "planned, low rank, no feedback",
+            *bench.planned(size, low_rank=True, feedback=False, passes=1),
+        )
+    )
+    for codec in CODECS[:3]:
+        pending.append(("one codec", codec, *bench.uniform(codec), None))
+    measure()
+    for codec in CODECS[3:]:
+        pending.append(("one codec", codec, *bench.uniform(codec), None))
+    for rank in (half // 2, half * 3 // 2):
+        pending.append(("SVD, one rank", f"svd{rank}", *bench.uniform(f"svd{rank}"), None))
+    for count in (1, 2):
+        pending.append(("layers left out", f"{count} left out", *bench.dropped(count), None))
+    measure()
+    draw(json.loads(args.out.read_text()), args.out.with_suffix(".png"))
+
+
+def draw(report: dict[str, Any], image: Path) -> None:
+    """Bytes and rises, both logarithmic."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for kind, (colour, marker) in STYLES.items():
+            points = sorted(
+                (each for each in report["results"] if each["kind"] == kind), key=lambda each: each["bytes"]
+            )
+            if kind == "one codec":
+                points = [each for each in points if each["name"] != "bf16"]
+            if not points:
+                continue
+            x = [report["bf16_bytes"] / each["bytes"] for each in points]
+            y = [max(each["rise_percent"], 0.01) for each in points]
+            low = [min(each["stderr"], 0.9 * value) for each, value in zip(points, y, strict=True)]
+            axes.errorbar(
+                x, y, yerr=[low, [each["stderr"] for each in points]], color=colour, marker=marker, markersize=5,
+                linewidth=1.4 if kind.startswith("planned") else 0, elinewidth=0.9, label=kind,
+            )  # fmt: skip
+            if kind in ("one codec", "SVD, one rank", "layers left out"):
+                for each, across, up in zip(points, x, y, strict=True):
+                    axes.annotate(each["name"], (across, up), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks([1, 2, 4, 8, 14], ["1", "2", "4", "8", "14"])
+        axes.minorticks_off()
+        axes.set_xlabel("times smaller than bf16, all files of the store")
+        axes.set_ylabel("rise of the perplexity (%); 0.01 or less at the foot")
+        axes.grid(visible=True, color="0.9", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+        axes.set_title(f"{report['model']}, {report['tokens']:,} tokens of held-out text")
+        figure.savefig(image, dpi=160)
+
+
+if __name__ == "__main__":
+    main()
