@@ -392,7 +392,7 @@ def main() -> None:
     for kind, measure, limit_s in protocol(bench):
         begun = time.perf_counter()
         call = " ".join(map(str, measure.args[1:] + tuple(f"{k}={v}" for k, v in measure.keywords.items())))
-        if not re.search(args.only, f"{kind} {call}"):
+        if not re.search(args.only, f"{kind} {call}".strip()):
             continue
         if begun - started > args.limit:
             entry: dict[str, Any] = {"error": f"not begun: {args.limit:.0f} s were over"}

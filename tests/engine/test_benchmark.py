@@ -71,6 +71,19 @@ def test_a_run_out_of_time_says_so(decode, tmp_path):
     assert all(entry["error"].startswith("not begun") for entry in entries)
 
 
+def test_some_entries_alone(decode, tmp_path):
+    only = r"^(device|store)$|(decode|prefill) memory (device|host)( batch=3)?$|int4"
+    entries = decode(tmp_path, "--only", only)["entries"]
+    calls = [f"{entry['bench']} {entry['call']}".strip() for entry in entries]
+    assert calls == [
+        "device", "store", "decode memory device", "decode memory host", "prefill memory device", "prefill memory host",
+        "decode memory device batch=3", "decode memory host batch=3", "decode memory int4 device",
+        "decode memory int4 host", "decode memory int4 host batch=3", "prefill memory int4 host",
+    ]  # fmt: skip
+    steps = {call: entry["step_bytes"] for call, entry in zip(calls, entries, strict=True) if "step_bytes" in entry}
+    assert steps["decode memory int4 device"] == steps["decode memory int4 host"] < steps["decode memory device"]
+
+
 def test_a_failing_entry_is_recorded():
     module = script("decode")
 

@@ -74,6 +74,36 @@ def test_bf16_decoding_stays_near_fp32(checkpoint, tmp_path, tokens, device):
     assert (logits - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("place", PLACES)
+def test_rows_in_few_bits_are_near_the_computed(checkpoint, tmp_path, tokens, device, place):
+    store = build_store(checkpoint, tmp_path / "tol", codec="int8", device=device)
+    exact = load_model(checkpoint)
+    coded = load_model(checkpoint, tol=store.path, rows=place, device=device)
+    assert coded.row_source is not None
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        expected = exact.model(ids)
+        logits = coded.model(ids.to(device), coded.row_source(ids.to(device))).cpu()
+    assert (logits - expected).norm() < 0.02 * expected.norm()
+    config = checkpoint.config
+    held = config.vocab_size * config.num_layers * (config.hidden_size + 1)
+    assert 0 <= coded.table_bytes - (0 if place == "disk" else held) <= 3 * config.vocab_size
+    engine = coded.engine(max_sequences=2)
+    tokens_of = [engine.generate([prompt], max_new_tokens=12)[0] for prompt in ([1, 2, 3], [4])]
+    assert engine.generate([[1, 2, 3], [4]], max_new_tokens=12) == tokens_of
+
+
+def test_a_budget_counts_rows_in_few_bits_as_they_are(checkpoint, tmp_path):
+    store = build_store(checkpoint, tmp_path / "tol", codec="int4", counts=torch.arange(checkpoint.config.vocab_size))
+    loaded = load_model(checkpoint, tol=store.path, rows="host", memory_budget=10**9)
+    assert loaded.placement is not None
+    assert loaded.placement.store is not None
+    sizes = {item.name: item.nbytes for item in loaded.placement.items}
+    assert sizes["rows"] == loaded.table_bytes < store.vocab_size * loaded.placement.store.row_bytes / 3
+    assert 0 < sizes["decoder"] < 10**6
+
+
 def test_what_is_in_memory_is_said(checkpoint, tmp_path):
     store = build_store(checkpoint, tmp_path / "tol")
     counts = count_parameters(checkpoint.config)

@@ -8,6 +8,7 @@ import torch
 from flexmemory.engine.bench import sequences
 from flexmemory.engine.subject import Subject, random_model, random_store
 from flexmemory.model.accounting import decode_bytes_per_token
+from flexmemory.tol.coded_rows import CodedRows
 from flexmemory.tol.hot import HotRows, HotSet
 from flexmemory.tol.tiers import open_rows
 from tests.conftest import NANO, VARIED
@@ -55,7 +56,10 @@ def test_a_random_store_in_few_bits_is_whole_and_counted_as_it_is(tmp_path, code
         assert 0.005 < rows.float().std() < 0.04
         subjects[where] = Subject(model=model, tier=tier)
     of_plain = Subject(model=model, tier=open_rows(plain, "device", device=CPU))
-    assert subjects["device"].table_bytes < of_plain.table_bytes / (1.2 if embedding else 2)
+    tier = subjects["device"].tier
+    assert isinstance(tier, CodedRows)
+    assert tier.nbytes < of_plain.table_bytes / (1.2 if embedding else 2)
+    assert subjects["device"].table_bytes == tier.nbytes + tier.decoder(CPU).nbytes
     assert subjects["disk"].table_bytes == 0
     saved = of_plain.step_bytes(batch=2, context=9) - subjects["device"].step_bytes(batch=2, context=9)
     assert abs(saved - 2 * (plain.row_bytes - store.nbytes / 300)) < 10

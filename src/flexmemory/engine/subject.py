@@ -66,11 +66,11 @@ class Subject:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of rows on the model's device."""
+        """Bytes of rows on the model's device, and of what it decodes them with."""
         hot, below = (self.tier.hot, self.tier.tier) if isinstance(self.tier, HotRows) else (None, self.tier)
-        on_device = 0
-        if isinstance(below, DeviceRows) or (isinstance(below, CodedRows) and below.data.device == self.model.device):
-            on_device = below.nbytes
+        on_device = below.nbytes if isinstance(below, DeviceRows) else 0
+        if isinstance(below, CodedRows):
+            on_device = below.bytes_on(self.model.device)
         return (hot.nbytes if hot else 0) + on_device
 
     def step_bytes(self, *, batch: int, context: int) -> int:
@@ -157,7 +157,7 @@ def random_store(
         config: The model.
         num_ids: Ids that have rows.
         embedding: Whether rows carry it.
-        codec: How rows are written; `planned` is like what a plan for a twelfth of bf16 chooses (`planned_bands`).
+        codec: How rows are written; `planned` is like what a plan for a tenth of bf16 chooses (`planned_bands`).
 
     Raises:
         FileExistsError: the folder exists.

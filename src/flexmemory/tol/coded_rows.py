@@ -72,6 +72,12 @@ class CodedRows:
         """Bytes of rows, without what they are decoded with."""
         return self.data.nbytes
 
+    def bytes_on(self, device: torch.device) -> int:
+        """Bytes on a device: rows, if they are there, and as far as it decoded any, what it does so with."""
+        held = self.data.nbytes if self.data.device == device else 0
+        held += sum(tensor.nbytes for tensor in self._located.get(device, ()))
+        return held + (self._decoders[device].nbytes if device in self._decoders else 0)
+
     def decoder(self, device: torch.device) -> RowDecoder:
         """What decodes these rows on a device, made once."""
         if device not in self._decoders:
