@@ -3,26 +3,12 @@ import json
 
 import pytest
 
-from flexmemory.cli.tol_plan import parse_bytes, plan
+from flexmemory.cli.tol_plan import plan
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.tol.plan import load_plan, store_bytes
 from flexmemory.train.prepare import prepare
 from tests.conftest import NANO, random_model
 from tests.tol.conftest import write_checkpoint
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("800MB", 800_000_000), ("1.5GiB", 3 * 2**29), ("1,000", 1000), ("2 kB", 2000), ("0.25gb", 250_000_000)],
-)
-def test_sizes_are_read(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "MB", "10 apples", "-5MB", "1e9"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="a budget is a number of bytes"):
-        parse_bytes(text)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`flexmemory tol build|requantize|diff|info|verify`: token-wise lookups."""
+"""`flexmemory tol build|plan|requantize|diff|info|verify`: token-wise lookups."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.storage import write_json
 from flexmemory.tol.build import build_store
 from flexmemory.tol.diff import difference
+from flexmemory.tol.plan import load_plan
 from flexmemory.tol.requantize import requantize
 from flexmemory.tol.store import ToLStore
 from flexmemory.tol.verify import SAMPLE, verify_store
@@ -29,6 +30,7 @@ def build(
     codec: str = "bf16",
     embedding: tyro.conf.FlagCreatePairsOff[bool] = False,
     layers: tuple[int, ...] | None = None,
+    plan: Path | None = None,
     counts: Path | None = None,
     device: str = "auto",
 ) -> None:
@@ -41,10 +43,13 @@ def build(
             svdRANK+normal4 and such, pq4x8, pq8x8 (docs/tol-format.md).
         embedding: Store each token's input embedding with its rows, so that the model needs no table of it in memory.
         layers: Layers to keep, the most important first; by default all.
+        plan: A folder that `flexmemory tol plan` wrote, instead of the three above.
         counts: A folder that `flexmemory prepare` wrote with the model's tokenizer: how often each token occurs in its
             training split is stored, so that frequent rows can be kept in fast memory.
         device: Where rows are computed: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
     """
+    if plan is not None and (codec, embedding, layers) != ("bf16", False, None):
+        raise ValueError("a plan says how rows are written: leave out --codec, --embedding and --layers")
     opened = Checkpoint.open(checkpoint)
     store = build_store(
         opened,
@@ -52,6 +57,7 @@ def build(
         codec=codec,
         embedding=embedding,
         layers=layers,
+        scheme=None if plan is None else load_plan(plan, opened),
         counts=None if counts is None else counts_of(counts, opened),
         device=resolve_device(device),
     )
@@ -190,8 +196,11 @@ def describe(store: ToLStore) -> str:
 
 def main(argv: list[str]) -> int:
     """Entry point of the verb."""
+    from flexmemory.cli.tol_plan import plan  # it takes `counts_of` from here
+
     verbs = {
         "build": build,
+        "plan": plan,
         "requantize": requantize_store,
         "diff": diff,
         "info": info,

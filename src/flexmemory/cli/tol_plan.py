@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from flexmemory.cli.tol import counts_of
 from flexmemory.device import resolve_device
+from flexmemory.engine.placement import parse_size
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.provenance import provenance
 from flexmemory.tol.build import ModelRows
@@ -26,7 +26,6 @@ from flexmemory.tol.table import sensitivity_table
 from flexmemory.tol.tune import tune
 from flexmemory.train.data import TokenDataset
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 logger = logging.getLogger(__name__)
 
 
@@ -70,7 +69,7 @@ def plan(
         seed: Of windows, drawn next tokens and samples.
         device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
     """
-    budget_bytes = parse_bytes(budget)
+    budget_bytes = parse_size(budget)
     if out.exists():
         raise FileExistsError(f"{out} already exists; choose another folder or remove it")
     opened = Checkpoint.open(checkpoint)
@@ -130,19 +129,6 @@ def plan(
     }
     save_plan(out, made, opened, extra=extra)
     print(describe(out, made, rise, budget_bytes=budget_bytes))
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes that `text` stands for, as 800MB.
-
-    Raises:
-        ValueError: it is not a size.
-    """
-    match = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in UNITS:
-        raise ValueError(f"a budget is a number of bytes such as 800MB or 1.5GiB, got {text!r}")
-    number = match[1].replace(",", "").replace("_", "")
-    return int(float(number) * UNITS[match[2].upper()]) if "." in number else int(number) * UNITS[match[2].upper()]
 
 
 def draw_windows(
