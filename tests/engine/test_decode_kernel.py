@@ -3,11 +3,13 @@
 On a GPU, or on a CPU by Triton's interpreter (`TRITON_INTERPRET=1`, as `make test` runs it).
 """
 
+import dataclasses
 import os
 
 import pytest
 import torch
 
+from flexmemory.tol.scheme import as_stored, round_basis
 from tests.tol.schemes import CODECS, decoded, encoded, one_codec, several_bands
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,6 +52,26 @@ def test_rows_are_those_of_the_reference(name, width):
     out = poisoned(scheme, len(data))
     kernel_of(scheme).decode(data.to(DEVICE).view(-1), band.to(DEVICE), out, pitch=data.shape[1])
     assert_as_exact(out, decoded(scheme, data, band, torch.float64))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stored_bases_lose_nothing_in_bf16(bits):
+    from flexmemory.tol.decode_kernel import KernelDecoder
+
+    scheme = scheme_of_name("svd16")
+    rounded = [
+        dataclasses.replace(of_slice, basis=round_basis(of_slice.basis, bits=bits))
+        for of_slice in scheme.tensors[0]
+        if of_slice.basis is not None
+    ]
+    stored = as_stored(dataclasses.replace(scheme, tensors=(tuple(rounded),)))
+    decoder = KernelDecoder(scheme.bands, stored, hidden_size=WIDTH, device=DEVICE)
+    basis = decoder._basis[:, :16].float().cpu()
+    assert torch.equal(basis, basis.round())
+    assert basis.abs().amax(dim=2).eq((1 << (bits - 1)) - 1).all()
+    gain = decoder._grids[-1][0, :, :16].cpu()
+    expected = torch.stack([of_slice.basis[:16] for of_slice in stored[0] if of_slice.basis is not None])
+    torch.testing.assert_close(basis * gain[:, :, None], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["int4", "pq4x8", "svd24+int8", "several bands"])

@@ -173,7 +173,7 @@ class KernelDecoder:
             hidden_size: D.
             device: Where all of it happens.
             basis_dtype: Of coefficients and bases in products. Rows of a basis have a factor of their own, so that
-                stored ones, whole numbers of 8 bits but for it, lose nothing in bf16.
+                stored ones, whole numbers of 4 or 8 bits but for it, lose nothing in bf16.
         """
         slices, self._width = len(bands[0].slices), hidden_size
         self._based = [
@@ -230,9 +230,17 @@ class KernelDecoder:
             of_slice = next(of_band[place] for of_band in tensors if of_band[place].basis is not None)
             assert of_slice.basis is not None
             rows = of_slice.basis[: self._rank - 2].float().cpu()
-            factor = rows.abs().amax(dim=1) / 127
-            factor[factor == 0] = 1.0
-            bases[number, : len(rows)] = (rows / factor[:, None]).to(dtype)
+            largest = rows.abs().amax(dim=1).clamp(min=1e-30)
+            factor = largest / 127
+            for levels in (7, 127):  # as `tol.scheme.pack_basis` stores them
+                scaled = rows / (largest / levels)[:, None]
+                whole = scaled.round()
+                if (scaled - whole).abs().max() < 1e-3:
+                    rows, factor = whole, largest / levels
+                    break
+            else:
+                rows = rows / factor[:, None]
+            bases[number, : len(rows)] = rows.to(dtype)
             factors[place] = factor
             if of_slice.mean is not None:
                 mean = of_slice.mean.float().cpu()
