@@ -164,9 +164,30 @@ def decode_cpu_table(results: dict) -> str:
     return "\n".join([*lines, "", where_text])
 
 
+def frontier_table(results: dict) -> str:
+    """What rows in fewer bytes cost, for the model of `results` and its sibling, as Markdown."""
+    models = [results, json.loads((RESULTS / "tol_frontier_mini-flex3.json").read_text())]
+    figures = [{each["name"]: each for each in model["results"]} for model in models]
+    heads = "".join(f" {model['model']} |" for model in models)
+    lines = [f"| rows | times smaller |{heads}", f"|---|---:|{'---:|' * len(models)}"]
+    for name, first in figures[0].items():
+        rises = [f"{each[name]['rise_percent']:+.3f} ± {each[name]['stderr']:.3f}" for each in figures]
+        lines.append(f"| {name} | {first['times_smaller']:.2f} | {' | '.join(rises)} |")
+    where = results["provenance"]
+    perplexities = " and ".join(f"{model['perplexity']:.2f}" for model in models)
+    text = f"{results['tokens']:,} held-out tokens, perplexity {perplexities}"
+    return "\n".join([*lines, "", f"{text}; {where['cpu']}, torch {where['torch']}, commit {where['commit']}."])
+
+
 def render(text: str) -> str:
     """`text` with every section made anew of which there are results."""
-    tables = {"demo": demo_table, "train": train_table, "decode": decode_table, "decode_cpu": decode_cpu_table}
+    tables = {
+        "demo": demo_table,
+        "train": train_table,
+        "decode": decode_table,
+        "decode_cpu": decode_cpu_table,
+        "tol_frontier_mini-memory": frontier_table,
+    }
     for name, table in tables.items():
         path = RESULTS / f"{name}.json"
         content = table(json.loads(path.read_text())) if path.exists() else "Not measured yet."
