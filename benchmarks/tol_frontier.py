@@ -3,7 +3,8 @@
     python benchmarks/tol_frontier.py CHECKPOINT --data DATA --out benchmarks/results/tol_frontier_NAME.json
 
 DATA is a folder of `flexmemory prepare`: the training split calibrates and counts, the validation split is measured on.
-Rises are of the same windows with both rows; standard errors are over windows. Beside OUT goes a picture, OUT as .png.
+Results that are there are not made again. Rises are of the same windows with both rows; standard errors are over
+windows. Beside OUT goes a picture, OUT as .png.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import json
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ from flexmemory.tol.sensitivity import cached_sensitivity
 from flexmemory.train.data import TokenDataset
 from flexmemory.train.frequency import token_counts
 
-CODECS = ("bf16", "int8", "normal6", "int4", "nf4", "normal4", "normal3", "normal2")
+CODECS = ("bf16", "int8", "fp8", "normal6", "normal4", "nf4", "int4", "normal3", "normal2", "pq4x8", "normal1", "pq8x8")
+TOGETHER = 4
+"""Variants that exist at once."""
 SHARES = (2, 4, 8, 14)
 """Budgets of plans: parts of the bytes in bf16."""
 STYLES = {
@@ -39,6 +44,10 @@ STYLES = {
     "planned": ("#009E73", "D"),
     "planned, low rank": ("#E69F00", "^"),
 }
+
+
+Made = tuple[int, torch.Tensor, float | None]
+"""Bytes, rows, and the predicted rise of the loss."""
 
 
 class Bench:
@@ -76,23 +85,48 @@ class Bench:
         rows[:, list(scheme.layers)] = coded_rows(scheme, self.source, self.ids)
         return rows
 
-    def uniform(self, codec: str) -> tuple[int, torch.Tensor]:
+    def uniform(self, codec: str) -> Made:
         layers = range(self.config.num_layers)
         scheme = fit(codec, self.source, vocab_size=len(self.ids), hidden_size=self.config.hidden_size, layers=layers)
-        return store_bytes(scheme, num_layers=len(layers)).total, self.rows_of(scheme)
+        return store_bytes(scheme, num_layers=len(layers)).total, self.rows_of(scheme), None
 
-    def planned(self, budget: int, **options: Any) -> tuple[int, torch.Tensor, float]:
+    def planned(self, budget: int, **options: Any) -> Made:
         made = make_plan(self.source, self.sensitivity, counts=self.counts, budget_bytes=budget, **options)
         return made.size.total, self.rows_of(made.scheme), made.predicted
 
-    def dropped(self, count: int) -> tuple[int, torch.Tensor]:
+    def dropped(self, count: int) -> Made:
         rows = self.table[:, 1:]
         share = self.counts / self.counts.sum()
         blocks = self.sensitivity.blocks[:, 0]
         cost = torch.stack([(share * ((rows[:, n] @ blocks[n]) * rows[:, n]).sum(1)).sum() for n in range(len(blocks))])
         left = rows.bfloat16().float().clone()
         left[:, cost.argsort()[:count]] = 0
-        return self.plain_bytes * (len(blocks) - count) // len(blocks), left
+        return self.plain_bytes * (len(blocks) - count) // len(blocks), left, None
+
+
+def entries(bench: Bench) -> list[tuple[str, str, Callable[[], Made]]]:
+    """Kind, name, and what makes it, the most telling first."""
+    half = bench.config.hidden_size // 2
+    half_bytes = half * (len(bench.ids) * 2 + bench.config.hidden_size) * bench.config.num_layers
+
+    def low_rank(**options: Any) -> Made:
+        return bench.planned(half_bytes, low_rank=True, **options)
+
+    plans = [
+        ("planned", f"planned 1/{share}", partial(bench.planned, bench.plain_bytes // share, basis=True, passes=2))
+        for share in SHARES
+    ]
+    ranks = [("SVD, one rank", f"svd{rank}", partial(bench.uniform, f"svd{rank}")) for rank in (half, half // 2)]
+    codecs = [("one codec", codec, partial(bench.uniform, codec)) for codec in CODECS]
+    dropped = [("layers left out", f"{count} left out", partial(bench.dropped, count)) for count in (1, 2)]
+    return [
+        *plans,
+        *ranks,
+        ("planned, low rank", "planned, low rank", partial(low_rank, passes=2)),
+        ("planned, low rank", "planned, low rank, no feedback", partial(low_rank, feedback=False, passes=1)),
+        *codecs,
+        *dropped,
+    ]
 
 
 def main() -> None:
@@ -107,20 +141,24 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bench = Bench(args)
-    half = bench.config.hidden_size // 2
-    pending: list[tuple[str, str, int, torch.Tensor, float | None]] = []
-    results: list[dict[str, Any]] = []
-
-    def measure() -> None:
+    report: dict[str, Any] = {"results": []}
+    if args.out.exists():
+        report = json.loads(args.out.read_text())
+        if report["checkpoint_fingerprint"] != bench.checkpoint.fingerprint:
+            parser.error(f"{args.out} is of another checkpoint; choose another file or remove it")
+    done = {each["name"] for each in report["results"]}
+    wanted = [entry for entry in entries(bench) if entry[1] not in done]
+    for first in range(0, len(wanted), TOGETHER):
+        made = [(kind, name, *make()) for kind, name, make in wanted[first : first + TOGETHER]]
         rises = compare_rises(
             bench.model,
             bench.text,
-            {name: (lambda ids, rows=rows: rows[ids]) for _, name, _, rows, _ in pending},
+            {name: (lambda ids, rows=rows: rows[ids]) for _, name, _, rows, _ in made},
             layers=range(bench.config.num_layers),
         )
-        for kind, name, size, _, predicted in pending:
+        for kind, name, size, _, predicted in made:
             found = rises[name]
-            results.append(
+            report["results"].append(
                 {
                     "kind": kind,
                     "name": name,
@@ -131,47 +169,19 @@ def main() -> None:
                     "predicted_percent": None if predicted is None else 100 * math.expm1(predicted),
                 }
             )
-            logging.info("%s", results[-1])
-        pending.clear()
-        report = {
-            "model": bench.checkpoint.path.name,
-            "checkpoint_fingerprint": bench.checkpoint.fingerprint,
-            "bf16_bytes": bench.plain_bytes,
-            "calibration_tokens": args.calibration,
-            "tokens": found.tokens,
-            "loss": found.loss,
-            "perplexity": math.exp(found.loss),
-            "results": results,
-            "provenance": provenance(),
-        }
+            logging.info("%s", report["results"][-1])
+            report |= {
+                "model": bench.checkpoint.path.name,
+                "checkpoint_fingerprint": bench.checkpoint.fingerprint,
+                "bf16_bytes": bench.plain_bytes,
+                "calibration_tokens": args.calibration,
+                "tokens": found.tokens,
+                "loss": found.loss,
+                "perplexity": math.exp(found.loss),
+                "provenance": provenance(),
+            }
         args.out.write_text(json.dumps(report, indent=2) + "\n")
-
-    for share in SHARES:
-        size, rows, predicted = bench.planned(bench.plain_bytes // share, basis=True, passes=2)
-        pending.append(("planned", f"planned 1/{share}", size, rows, predicted))
-    measure()
-    size, rows = bench.uniform(f"svd{half}")
-    pending.append(("SVD, one rank", f"svd{half}", size, rows, None))
-    planned = bench.planned(size, low_rank=True, passes=2)
-    pending.append(("planned, low rank", "planned, low rank", *planned))
-    pending.append(
-        (
-            "planned, low rank",
-            "planned, low rank, no feedback",
-            *bench.planned(size, low_rank=True, feedback=False, passes=1),
-        )
-    )
-    for codec in CODECS[:3]:
-        pending.append(("one codec", codec, *bench.uniform(codec), None))
-    measure()
-    for codec in CODECS[3:]:
-        pending.append(("one codec", codec, *bench.uniform(codec), None))
-    for rank in (half // 2, half * 3 // 2):
-        pending.append(("SVD, one rank", f"svd{rank}", *bench.uniform(f"svd{rank}"), None))
-    for count in (1, 2):
-        pending.append(("layers left out", f"{count} left out", *bench.dropped(count), None))
-    measure()
-    draw(json.loads(args.out.read_text()), args.out.with_suffix(".png"))
+    draw(report, args.out.with_suffix(".png"))
 
 
 def draw(report: dict[str, Any], image: Path) -> None:
