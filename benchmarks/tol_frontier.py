@@ -124,8 +124,8 @@ def entries(bench: Bench) -> list[tuple[str, str, Callable[[], Made]]]:
         *ranks,
         ("planned, low rank", "planned, low rank", partial(low_rank, passes=2)),
         ("planned, low rank", "planned, low rank, no feedback", partial(low_rank, feedback=False, passes=1)),
-        *codecs,
         *dropped,
+        *codecs,
     ]
 
 
