@@ -43,7 +43,7 @@ PLAN = "plan.json"
 TENSORS = "plan.safetensors"
 _CHOOSING = "encoder."
 """Begins the names of tensors that codes are chosen for, where others decode them."""
-PASSES = 3
+PASSES = 4
 SAMPLE_BYTES = 2**30
 """Of rows that plans are made with, at most."""
 LEAST_WINDOWS = 32
