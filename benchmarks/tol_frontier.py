@@ -3,6 +3,7 @@
     python benchmarks/tol_frontier.py CHECKPOINT --data DATA --out benchmarks/results/tol_frontier_NAME.json
 
 DATA is a folder of `flexmemory prepare`: the training split calibrates and counts, the validation split is measured on.
+That is held out from the plans; whether from the model too depends on what it was trained on.
 Results that are there are not made again. Rises are of the same windows with both rows; standard errors are over
 windows. Beside OUT goes a picture, OUT as .png.
 """
@@ -220,7 +221,7 @@ def draw(report: dict[str, Any], image: Path) -> None:
         axes.grid(visible=True, color="0.9", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.legend(frameon=False)
-        axes.set_title(f"{report['model']}, {report['tokens']:,} tokens of held-out text")
+        axes.set_title(f"{report['model']}, {report['tokens']:,} tokens not used for calibration")
         figure.savefig(image, dpi=160)
 
 
