@@ -1,9 +1,9 @@
 """Bytes of a store against what they cost in perplexity: one codec for all rows, plans, and layers left out.
 
-    python benchmarks/tol_frontier.py CHECKPOINT --data DATA --out benchmarks/results/tol_frontier_NAME.json
+    python benchmarks/tol_frontier.py CHECKPOINT --data DATA --test TEST --out benchmarks/results/tol_frontier_NAME.json
 
-DATA is a folder of `flexmemory prepare`: the training split calibrates and counts, the validation split is measured on.
-That is held out from the plans; whether from the model too depends on what it was trained on.
+DATA and TEST are folders of `flexmemory prepare`: the training split of DATA calibrates and counts, that of TEST is
+measured on. Choose text for TEST that the model was not trained on.
 Results that are there are not made again. Rises are of the same windows with both rows; standard errors are over
 windows. Beside OUT goes a picture, OUT as .png.
 """
@@ -30,7 +30,7 @@ from flexmemory.tol.plan import make_plan, store_bytes
 from flexmemory.tol.rise import coded_rows, compare_rises
 from flexmemory.tol.scheme import Scheme
 from flexmemory.tol.sensitivity import cached_sensitivity
-from flexmemory.train.data import TokenDataset
+from flexmemory.train.data import TokenDataset, TokenStream
 from flexmemory.train.frequency import token_counts
 
 CODECS = ("bf16", "int8", "fp8", "normal6", "normal4", "nf4", "int4", "normal3", "normal2", "pq4x8", "normal1", "pq8x8")
@@ -58,7 +58,7 @@ class Bench:
         torch.set_num_threads(args.threads)
         self.checkpoint = Checkpoint.open(args.checkpoint)
         self.config = self.checkpoint.config
-        self.model = self.checkpoint.load(dtype=torch.float32).requires_grad_(False)
+        self.model = self.checkpoint.load(dtype=torch.float32, device=args.device).requires_grad_(False)
         self.data = TokenDataset.open(args.data)
         self.counts = token_counts(self.data.train, vocab_size=self.config.vocab_size)
         self.ids = torch.arange(self.config.vocab_size)
@@ -68,15 +68,14 @@ class Bench:
         self.sensitivity = cached_sensitivity(
             self.model, windows[:, :-1], folder=args.cache, fingerprint=self.checkpoint.fingerprint
         )
-        self.text = self._validation(args.max_windows)
+        self.text = self._windows(TokenDataset.open(args.test).train, args.max_windows)
         self.plain_bytes = 2 * self.table[:, 1:].numel()
 
     def source(self, ids: torch.Tensor) -> torch.Tensor:
         return self.table[ids]
 
-    def _validation(self, most: int | None) -> torch.Tensor:
-        stream, length = self.data.validation, self.config.max_seq_len
-        assert stream is not None
+    def _windows(self, stream: TokenStream, most: int | None) -> torch.Tensor:
+        length = self.config.max_seq_len
         count = stream.num_windows(length)
         numbers = range(count) if most is None else [count * i // most for i in range(min(most, count))]
         return torch.stack([torch.from_numpy(stream.window(number, seq_len=length)) for number in numbers])
@@ -114,7 +113,7 @@ def entries(bench: Bench) -> list[tuple[str, str, Callable[[], Made]]]:
         return bench.planned(half_bytes, low_rank=True, **options)
 
     plans = [
-        ("planned", f"planned 1/{share}", partial(bench.planned, bench.plain_bytes // share, basis=True, passes=2))
+        ("planned", f"planned 1/{share}", partial(bench.planned, bench.plain_bytes // share, basis=True))
         for share in SHARES
     ]
     ranks = [("SVD, one rank", f"svd{rank}", partial(bench.uniform, f"svd{rank}")) for rank in (half, half // 2)]
@@ -123,7 +122,7 @@ def entries(bench: Bench) -> list[tuple[str, str, Callable[[], Made]]]:
     return [
         *plans,
         *ranks,
-        ("planned, low rank", "planned, low rank", partial(low_rank, passes=2)),
+        ("planned, low rank", "planned, low rank", low_rank),
         ("planned, low rank", "planned, low rank, no feedback", partial(low_rank, feedback=False, passes=1)),
         *dropped,
         *codecs,
@@ -134,11 +133,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="where sensitivities are kept")
     parser.add_argument("--calibration", type=int, default=131_072, help="tokens that say what errors cost")
     parser.add_argument("--max-windows", type=int, help="measure on so many windows, evenly spaced, instead of all")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="for sensitivities and losses")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bench = Bench(args)
@@ -221,7 +222,7 @@ def draw(report: dict[str, Any], image: Path) -> None:
         axes.grid(visible=True, color="0.9", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.legend(frameon=False)
-        axes.set_title(f"{report['model']}, {report['tokens']:,} tokens not used for calibration")
+        axes.set_title(f"{report['model']}, {report['tokens']:,} tokens of unseen text")
         figure.savefig(image, dpi=160)
 
 
