@@ -175,8 +175,8 @@ def frontier_table(results: dict) -> str:
         lines.append(f"| {name} | {first['times_smaller']:.2f} | {' | '.join(rises)} |")
     where = results["provenance"]
     perplexities = " and ".join(f"{model['perplexity']:.2f}" for model in models)
-    text = f"{results['tokens']:,} tokens not used for calibration, perplexity {perplexities}"
-    return "\n".join([*lines, "", f"{text}; {where['cpu']}, torch {where['torch']}, commit {where['commit']}."])
+    text = f"{results['tokens']:,} tokens of unseen text, perplexity {perplexities}"
+    return "\n".join([*lines, "", f"{text}; {where['gpu']}, torch {where['torch']}, commit {where['commit']}."])
 
 
 def render(text: str) -> str:
