@@ -26,7 +26,7 @@ import tyro
 from flexmemory.engine.loading import LoadedModel, load_model
 from flexmemory.engine.sampling import Sampling
 from flexmemory.evaluate.perplexity import perplexity
-from flexmemory.interpret.tkv import nearest_tokens
+from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.model.accounting import count_parameters
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.presets import get_preset
@@ -202,11 +202,11 @@ def print_generation(checkpoint: Checkpoint, store: Path) -> None:
 
 def print_nearest(checkpoint: Checkpoint) -> None:
     """For a few tokens, those that use the first layer's memory most alike."""
-    model, tokenizer = checkpoint.load(), checkpoint.tokenizer()
+    memory, tokenizer = TokenMemory(checkpoint.load()), checkpoint.tokenizer()
     print("\nnearest tokens by memory coefficients, layer 0 (exact over the vocabulary):")
     for word in NEAREST_OF:
         token_id = tokenizer.encode(word)[0]
-        found = nearest_tokens(model, token_id, layer=0, count=5)
+        found = memory.nearest_tokens(token_id, layer=0, count=5)
         print(f"  {tokenizer.token(token_id)!r:12}" + "  ".join(f"{tokenizer.token(t)!r} {c:.2f}" for t, c in found))
 
 
