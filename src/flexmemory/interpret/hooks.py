@@ -178,9 +178,12 @@ class _Run:
 
     def watch(self, module: nn.Module, name: str) -> None:
         """Show what a module gives."""
+
+        def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return self.show(name, output)
+
         if name in self.functions:
-            hook = module.register_forward_hook(lambda _module, _inputs, output: self.show(name, output))
-            self.stack.callback(hook.remove)
+            self.stack.callback(module.register_forward_hook(after).remove)
 
     def watch_input(self, module: nn.Module, name: str) -> None:
         """Show the first thing that a module gets."""
