@@ -31,6 +31,16 @@ def test_the_python_block_runs_and_lookups_agree(walkthrough, tmp_path, capsys):
     assert "(" in capsys.readouterr().out
 
 
+def test_the_block_of_the_reading_guide_runs(capsys):
+    text = (REPOSITORY / "docs" / "reading.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    with contextlib.chdir(REPOSITORY):
+        exec(compile(block, "reading.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "\u2423April" in said  # a month, as its comment says
+    assert float(said.rsplit(": ", 1)[1]) > 0.001
+
+
 @pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(
     str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")
 )])  # fmt: skip
