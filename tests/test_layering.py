@@ -16,6 +16,7 @@ ALLOWED = {
     "model": BASE,
     "train": BASE | {"model"},
     "tol": BASE | {"model"},
+    "export": BASE | {"model"},
     "engine": BASE | {"model", "tol"},
     "interpret": BASE | {"model", "tol"},
     "evaluate": BASE | {"model", "tol", "engine"},

@@ -24,6 +24,7 @@ VERBS = {
     "tol": "build, describe or verify token-wise lookups",
     "generate": "continue a prompt",
     "eval": "measure a checkpoint",
+    "export": "write a model for other runtimes (ONNX)",
     "bench": "time tokens, prompts or rows on this machine",
 }
 
