@@ -1,7 +1,7 @@
 """A model as an ONNX graph whose rows are an input: the table stays outside, on whatever storage a device has.
 
-The graph holds attention, FFN-C, embedding and head; FFN-M is not in it. Its interface, with B sequences, T new tokens and
-P tokens before them:
+The graph holds attention, FFN-C, embedding and head; FFN-M is not in it. Its interface, with B sequences, T new tokens
+and P tokens before them:
 
     token_ids  (B, T)              int64
     rows       (B, T, L, D)        float32   what a ToL store holds of each token, layer by layer
