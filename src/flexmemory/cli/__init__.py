@@ -25,6 +25,7 @@ VERBS = {
     "generate": "continue a prompt",
     "eval": "measure a checkpoint",
     "export": "write a model for other runtimes (ONNX)",
+    "push": "upload a checkpoint or lookups to the Hugging Face Hub",
     "bench": "time tokens, prompts or rows on this machine",
 }
 
