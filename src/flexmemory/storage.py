@@ -41,6 +41,22 @@ def publish(partial: Path, final: Path) -> None:
     _flush(final.parent)
 
 
+def publish_file(path: Path, data: bytes) -> None:
+    """Write the new file `path`, which is there with all of `data` or not at all.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} already exists; choose another file or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    _flush(partial)
+    partial.rename(path)
+    _flush(path.parent)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -2,6 +2,7 @@
 
     CHECKPOINT/
       model.safetensors       weights by name; a tied head is stored once
+      rows.safetensors        rows that are given instead of computed, where some were edited (docs/editing.md)
       config.json             ModelConfig and `model_type`
       tokenizer.json          with tokenizer_config.json, where the model has a tokenizer
       manifest.json           format version, size and SHA-256 of every file, fingerprints
@@ -13,21 +14,25 @@ Memory weights are the tensors `blocks.*.memory.*`; `Checkpoint.load(memory=Fals
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flexmemory.config import MODEL_TYPE, ModelConfig, from_dict, to_dict
+from flexmemory.model.memory import GivenRows
 from flexmemory.model.transformer import Transformer
 from flexmemory.storage import read_json, sha256_file, write_json
 from flexmemory.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
+ROWS = "rows.safetensors"
+"""Tensors `ids.L` [N] int64 and `rows.L` [N, D] for each layer L in which rows are given."""
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -44,7 +49,16 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def save_checkpoint(folder: Path, model: Transformer, tokenizer: Tokenizer | None) -> None:
     """Write `model` into the existing `folder` (see `storage.atomic_folder`); the manifest comes last."""
+    if rows := given_rows(model):
+        save_tensors(rows, folder / ROWS)
     write_checkpoint(folder, model.config, dict(model.named_parameters()), tokenizer)
+
+
+def given_rows(model: Transformer) -> dict[str, Tensor]:
+    """The rows of a model that are given, named as in `ROWS`."""
+    memories = enumerate(model.memories) if model.config.has_memory else ()
+    given = [(layer, memory.given) for layer, memory in memories if memory.given is not None]
+    return {f"{name}.{layer}": tensor for layer, rows in given for name, tensor in rows.named_buffers()}
 
 
 def write_checkpoint(
@@ -68,11 +82,16 @@ def seal(folder: Path, tokenizer: Tokenizer | None) -> None:
     manifest = {
         "format": "flexmemory-checkpoint",
         "format_version": FORMAT_VERSION,
-        "fingerprint": entries[WEIGHTS]["sha256"],
+        "fingerprint": fingerprint_of(*(entries[name]["sha256"] for name in (WEIGHTS, ROWS) if name in entries)),
         "tokenizer_fingerprint": "" if tokenizer is None else tokenizer.fingerprint,
         "files": entries,
     }
     write_json(folder / "manifest.json", manifest)
+
+
+def fingerprint_of(first: str, *others: str) -> str:
+    """The fingerprint of what several fingerprints stand for; that of one is itself."""
+    return hashlib.sha256("\n".join((first, *others)).encode()).hexdigest() if others else first
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,9 +101,11 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     fingerprint: str
-    """SHA-256 of the weights file, as recorded when it was saved."""
+    """SHA-256 of the weights file, as recorded when it was saved; of more where rows are given or it was edited."""
     tokenizer_fingerprint: str
     """SHA-256 of the tokenizer, empty where there is none."""
+    lineage: tuple[str, ...] = ()
+    """Fingerprints of the checkpoints that it was edited from, the first one first."""
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -119,7 +140,13 @@ class Checkpoint:
         values = read_json(folder / "config.json")
         if values.pop("model_type", None) != MODEL_TYPE:
             raise ValueError(f"{folder}/config.json is not of model_type {MODEL_TYPE!r}")
-        return cls(folder, from_dict(ModelConfig, values), manifest["fingerprint"], manifest["tokenizer_fingerprint"])
+        return cls(
+            folder,
+            from_dict(ModelConfig, values),
+            manifest["fingerprint"],
+            manifest["tokenizer_fingerprint"],
+            tuple(edit["base"] for edit in manifest.get("edits", [])),
+        )
 
     def verify(self) -> None:
         """Check every file against its recorded SHA-256.
@@ -186,7 +213,17 @@ class Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"{self.path / WEIGHTS} cannot be read ({error}); it is damaged") from error
         model.tie_head()
+        if memory and (self.path / ROWS).is_file():
+            self._give_rows(model, device=device)
         return model.eval()
+
+    def _give_rows(self, model: Transformer, *, device: torch.device | str) -> None:
+        tensors = load_file(self.path / ROWS, device=str(device))
+        try:
+            for layer in sorted(int(name.removeprefix("ids.")) for name in tensors if name.startswith("ids.")):
+                model.memories[layer].given = GivenRows(tensors[f"ids.{layer}"], tensors[f"rows.{layer}"])
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"{self.path / ROWS} does not fit its config.json ({error}); it is damaged") from error
 
 
 def _read_tensor(path: Path, name: str, *, device: torch.device | str) -> Tensor:

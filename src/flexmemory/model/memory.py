@@ -108,8 +108,30 @@ def empty_embedding(config: ModelConfig) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
 
 
+class GivenRows(nn.Module):
+    """Rows of some tokens that are given, whatever would be computed or looked up: edits of rows (docs/editing.md)."""
+
+    ids: Int[Tensor, " N"]
+    """Distinct, ascending."""
+    rows: Float[Tensor, "N D"]
+
+    def __init__(self, ids: Int[Tensor, " N"], rows: Float[Tensor, "N D"]) -> None:
+        """Give `rows` to the tokens `ids`, at least one and distinct."""
+        super().__init__()
+        order = ids.argsort()
+        # They are no weights: `model/checkpoint.py` stores them in a file of their own.
+        self.register_buffer("ids", ids[order], persistent=False)
+        self.register_buffer("rows", rows[order], persistent=False)
+
+    def forward(self, token_ids: Int[Tensor, "*N"], rows: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """`rows` of `token_ids` with the given ones in their places; the others bit for bit as they were."""
+        place = torch.searchsorted(self.ids, token_ids).clamp(max=len(self.ids) - 1)
+        given = self.ids[place] == token_ids
+        return torch.where(given[..., None], self.rows[place].to(rows.dtype), rows)
+
+
 class LayerMemory(nn.Module):
-    """The memory of one layer: FFN-M behind a norm of its own, a free table, or their sum."""
+    """The memory of one layer: FFN-M behind a norm of its own, a free table, or their sum; some rows may be given."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Allocate what `config.memory_kind` asks for."""
@@ -121,6 +143,7 @@ class LayerMemory(nn.Module):
             self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
         has_table = config.memory_kind != "ffn"
         self.table = empty_embedding(config) if has_table else None
+        self.given: GivenRows | None = None
 
     def query(self, embeddings: Float[Tensor, "U D"]) -> Float[Tensor, "U D"]:
         """What FFN-M sees of a token: q = LN_L(E[t]), Sec. 2.3.1."""
@@ -136,9 +159,11 @@ class LayerMemory(nn.Module):
         """The rows of `token_ids`, whose embeddings are given: FFN_L(LN_L(E[t])), Eq. 2.5."""
         if self.ffn is None:
             assert self.table is not None
-            return self.table(token_ids)
-        rows = self.ffn(self.query(embeddings))
-        return rows if self.table is None else rows + self.table(token_ids)
+            rows = self.table(token_ids)
+        else:
+            rows = self.ffn(self.query(embeddings))
+            rows = rows if self.table is None else rows + self.table(token_ids)
+        return rows if self.given is None else self.given(token_ids, rows)
 
 
 def unique_ids(token_ids: Int[Tensor, "B T"]) -> tuple[Int[Tensor, " U"], Int[Tensor, "B T"]]:
