@@ -269,7 +269,8 @@ class _HookedRows:
         memory = self._model.memories[layer]
         assert memory.ffn is not None
         row = memory.ffn.down(new_post)
-        return row if memory.table is None else row + memory.table(self._ids)
+        row = row if memory.table is None else row + memory.table(self._ids)
+        return row if memory.given is None else memory.given(self._ids, row)
 
 
 def _has_cells(block: nn.Module) -> bool:

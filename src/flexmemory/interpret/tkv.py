@@ -8,7 +8,7 @@ exact: nothing is sampled. Dimension key: U token ids, V vocabulary, K cells, D 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,8 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexmemory.model.attention import rotary_table
+from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.ffn import SwiGLU
 from flexmemory.model.transformer import DenseBlock, Transformer, check_token_ids
+
+if TYPE_CHECKING:
+    from flexmemory.interpret.edit import Editor
 
 VOCABULARY_CHUNK = 4096
 """Tokens whose coefficients exist at once."""
@@ -255,6 +259,16 @@ class TokenMemory:
         others = torch.ones(self.vocab_size, dtype=torch.bool) if mask is None else mask.cpu().clone()
         others[token_id] = False
         return _extremes(cosines, count=count, sign=1, mask=others)
+
+    def edit(self, checkpoint: Checkpoint | None = None) -> Editor:
+        """Begin to edit a copy (`interpret.edit`); `checkpoint` is what the model was loaded from.
+
+        Raises:
+            ValueError: the model is dense.
+        """
+        from flexmemory.interpret.edit import Editor  # it stands on this module
+
+        return Editor(self, checkpoint)
 
     def vocabulary_chunks(self, size: int = VOCABULARY_CHUNK) -> tuple[Int[Tensor, " U"], ...]:
         """All token ids, in parts."""
