@@ -22,6 +22,7 @@ VERBS = {
     "train": "train a preset on prepared data",
     "plot": "compare runs: loss by tokens, time and compute",
     "tol": "build, describe or verify token-wise lookups",
+    "index": "list, for all tokens, which memory cells each uses and which use it",
     "generate": "continue a prompt",
     "eval": "measure a checkpoint",
     "export": "write a model for other runtimes (ONNX)",
