@@ -306,7 +306,7 @@ def _sealed(folder: Path, manifest: Manifest, arrays: Mapping[str, np.memmap]) -
         }
         for name, array in arrays.items()
     }
-    others = [path for path in sorted(folder.iterdir()) if path.suffix != ".npy" and path.name != Progress.NAME]
+    others = [path for name in (LAYERS, CLUSTERS, TOKENS, KEYS) if (path := folder / name).is_file()]
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in others}
     return dataclasses.replace(manifest, arrays=entries, files=files)
 
