@@ -1,4 +1,4 @@
-"""Imports run one way: config <- model <- {train, tol}; tol <- engine <- evaluate; {model, tol} <- interpret."""
+"""Imports run one way: config <- model <- {train, tol}; tol <- engine <- evaluate; interpret <- serve."""
 
 import ast
 from pathlib import Path
@@ -21,6 +21,7 @@ ALLOWED = {
     "hub": BASE | {"model", "tol"},
     "engine": BASE | {"model", "tol"},
     "interpret": BASE | {"model", "tol"},
+    "serve": BASE | {"model", "tol", "engine", "interpret", "evaluate"},
     "evaluate": BASE | {"model", "tol", "engine"},
 }
 EVERYTHING = {"cli", "__main__"}

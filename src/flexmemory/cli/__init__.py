@@ -23,6 +23,7 @@ VERBS = {
     "plot": "compare runs: loss by tokens, time and compute",
     "tol": "build, describe or verify token-wise lookups",
     "index": "list, for all tokens, which memory cells each uses and which use it",
+    "explore": "see tokens, keys, maps and layers of a memory in a browser, and edit it",
     "generate": "continue a prompt",
     "eval": "measure a checkpoint",
     "export": "write a model for other runtimes (ONNX)",

@@ -1,0 +1,230 @@
+"""The edit bench: edits are tried on a copy, applied to the model that answers, taken back, and saved as a patch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmemory.interpret.edit import Editor
+from flexmemory.interpret.patch import Patch, stack
+from flexmemory.interpret.promotion import direction_of
+from flexmemory.interpret.spill import spill
+from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.serve.fields import Fields
+from flexmemory.serve.live import LiveModel
+from flexmemory.serve.records import Records, rounded
+
+MAX_STEPS = 16
+MAX_PATCHES = 64
+MAX_SET = 64
+"""Tokens to suppress at once."""
+MAX_LOWERED = 512
+"""Values or rows that are lowered for them."""
+MAX_VOCABULARY_OF_ROWS = 32_768
+"""Rows are looked at one by one for what they promote: V times V numbers a layer."""
+WORST = 64
+"""Tokens that move although the edit is not about them, listed."""
+
+
+class Bench:
+    """Edits of one live model."""
+
+    def __init__(self, live: LiveModel, records: Records, checkpoint: Checkpoint) -> None:
+        """Edit what `live` answers with; patches name `checkpoint` as their base."""
+        self.live = live
+        self.base = live.model
+        """The model of the checkpoint."""
+        self._checkpoint = checkpoint
+        self._counts = counts_of(records)
+        self.applied: list[Patch] = []
+
+    def verbs(self) -> dict[str, Callable[[Fields], Any]]:
+        """What can be posted, by name."""
+        return {
+            "edit/preview": self.preview,
+            "edit/apply": self.apply,
+            "edit/revert": self.revert,
+            "edit/patch": self.saved,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What is applied, the oldest first."""
+        return {"applied": [{"what": list(patch.what), "bytes": patch.nbytes} for patch in self.applied]}
+
+    def preview(self, fields: Fields) -> dict[str, Any]:
+        """What steps would do: who moves, by how much, and what the model says of `text` before and after.
+
+        Raises:
+            ValueError: a step is impossible, or the text too long.
+        """
+        live, text, length = self.live, fields.text("text", ""), fields.integer("max_new_tokens", 0)
+        with live.lock:
+            patch = self.patch_of(fields)
+            moved = spill(live.memory, patch, progress=False)
+            edited = patch.apply(live.model)
+            about = [
+                [token, layer, *rounded([float(moved.moved[token, place]), float(moved.lengths[token, place])])]
+                for token in patch.tokens[:WORST]
+                for place, layer in enumerate(moved.layers)
+            ]
+            return {
+                "what": list(patch.what),
+                "bytes": patch.nbytes,
+                "rows_only": patch.rows_only,
+                "tokens": list(patch.tokens[:WORST]),
+                "about": about,
+                "others": int((moved.moved[moved.others] > 0).any(1).sum()),
+                "layers": moved.summary(counts=self._counts),
+                "worst": [[token, layer, *rounded([size])] for token, layer, size in moved.worst(WORST)],
+                "next": live.compared(text, edited),
+                "continued": [
+                    live.continued(text, max_new_tokens=length, model=model) if length else ""
+                    for model in (live.model, edited)
+                ],
+            }
+
+    def apply(self, fields: Fields) -> dict[str, Any]:
+        """Let the model answer with steps on top of those that are applied.
+
+        Raises:
+            ValueError: a step is impossible, or there are too many patches.
+        """
+        with self.live.lock:
+            if len(self.applied) >= MAX_PATCHES:
+                raise ValueError(
+                    f"{MAX_PATCHES} edits are applied; save the patch and start from the edited checkpoint"
+                )
+            self.applied.append(self.patch_of(fields))
+            self._use()
+            return self.state()
+
+    def revert(self, fields: Fields) -> dict[str, Any]:
+        """Take back the last `count` edits; without any left, the model is the checkpoint's, bit for bit."""
+        with self.live.lock:
+            count = fields.integer("count", 1)
+            if not 1 <= count <= max(1, len(self.applied)):
+                raise ValueError(f"count should be 1 to {len(self.applied)}, got {count}")
+            del self.applied[-count:]
+            self._use()
+            return self.state()
+
+    def saved(self, fields: Fields) -> bytes:
+        """All that is applied as a patch file.
+
+        Raises:
+            ValueError: nothing is.
+        """
+        with self.live.lock:
+            return stack(self.applied).to_bytes()
+
+    def patch_of(self, fields: Fields) -> Patch:
+        """The patch that steps make, on top of those that are applied.
+
+        Raises:
+            ValueError: a step is impossible, or there are too many.
+        """
+        steps = fields.objects("steps")
+        if not 1 <= len(steps) <= MAX_STEPS:
+            raise ValueError(f"expected 1 to {MAX_STEPS} steps, got {len(steps)}")
+        editor = Editor(self.live.memory, self._checkpoint)
+        for step in steps:
+            take(editor, step, counts=self._counts)
+        return editor.patch
+
+    def _use(self) -> None:
+        self.live.use(stack(self.applied).apply(self.base) if self.applied else self.base)
+
+
+def counts_of(records: Records) -> Tensor | None:
+    """How often each token occurs, as far as the index knows."""
+    counts = records.index.tokens["count"]
+    return None if counts[0] is None else torch.tensor(counts)
+
+
+def take(editor: Editor, step: Fields, *, counts: Tensor | None) -> None:
+    """Carry out one step, described by `op` and the fields that it needs; `layer` -1 is all layers.
+
+    Raises:
+        ValueError: it is unknown or impossible.
+    """
+    op = step.text("op")
+    match op:
+        case "scale_value":
+            layer, key = step.integer("layer"), step.integer("key")
+            editor.scale_value(layer=layer, key=key, factor=step.number("factor"))
+        case "scale_key":
+            layer, key = step.integer("layer"), step.integer("key")
+            editor.scale_key(layer=layer, key=key, factor=step.number("factor"))
+        case "scale_key_for":
+            tokens = torch.tensor([step.integer("token")])
+            layer, key = step.integer("layer"), step.integer("key")
+            editor.scale_key(layer=layer, key=key, factor=step.number("factor"), token_ids=tokens)
+        case "swap_rows":
+            editor.swap_rows(step.integer("token"), step.integer("other"), layers=layers_of(editor, step))
+        case "suppress":
+            suppress(editor, step)
+        case "scale_row" | "copy_row" | "steer_row" | "rank_one":
+            for layer in layers_of(editor, step):
+                take_row(editor, op, step, layer=layer, counts=counts)
+        case _:
+            raise ValueError(f"there is no edit {op[:40]!r}")
+
+
+def take_row(editor: Editor, op: str, step: Fields, *, layer: int, counts: Tensor | None) -> None:
+    """An edit of one token's row in one layer."""
+    token = step.integer("token")
+    if op == "scale_row":
+        editor.scale_row(token, layer=layer, factor=step.number("factor"))
+    elif op == "copy_row":
+        editor.set_row(token, layer=layer, row=editor.row(step.integer("other"), layer=layer))
+    else:
+        row = editor.row(token, layer=layer)
+        toward = direction_of(editor.memory, checked_tokens(editor, [step.integer("other")])).to(row)
+        steered = row + step.number("strength") * row.norm() * toward / toward.norm()
+        if op == "steer_row":
+            editor.set_row(token, layer=layer, row=steered)
+        else:
+            editor.rank_one(token, layer=layer, row=steered, counts=counts)
+
+
+def suppress(editor: Editor, step: Fields) -> None:
+    """Lower what promotes some tokens."""
+    tokens, level, count = checked_tokens(editor, step.integers("tokens")), step.text("level", "values"), 64
+    count = step.integer("count", count)
+    if not 1 <= count <= MAX_LOWERED:
+        raise ValueError(f"count should be 1 to {MAX_LOWERED}, got {count}")
+    if level not in ("values", "rows"):
+        raise ValueError(f"level should be values or rows, got {level[:40]!r}")
+    if level == "rows" and editor.memory.vocab_size > MAX_VOCABULARY_OF_ROWS:
+        raise ValueError(f"rows are looked through only for vocabularies up to {MAX_VOCABULARY_OF_ROWS}; take values")
+    layers = layers_of(editor, step)
+    found = editor.suppress(
+        tokens,
+        level="rows" if level == "rows" else "values",
+        strength=step.number("strength", 1.0),
+        count=count,
+        layers=layers,
+    )
+    if not found:
+        raise ValueError(f"no {level} promote these tokens among their largest logits: there is nothing to lower")
+
+
+def layers_of(editor: Editor, step: Fields) -> Sequence[int]:
+    """The layers that a step names: one, or with -1 all."""
+    layer = step.integer("layer", -1)
+    return editor.memory.layers if layer == -1 else (layer,)
+
+
+def checked_tokens(editor: Editor, token_ids: list[int]) -> Tensor:
+    """Distinct ids as a tensor.
+
+    Raises:
+        ValueError: there are none, too many, or one is out of range.
+    """
+    size = editor.memory.vocab_size
+    if not 1 <= len(token_ids) <= MAX_SET or not all(0 <= token < size for token in token_ids):
+        raise ValueError(f"expected 1 to {MAX_SET} token ids from 0 to {size - 1}, got {str(token_ids)[:60]}")
+    return torch.tensor(list(dict.fromkeys(token_ids)))

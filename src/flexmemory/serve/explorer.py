@@ -1,0 +1,170 @@
+"""The explorer's server: a page, the index as JSON and bytes, and the model that answers.
+
+    GET  /                        the page: static/ as it is
+    GET  /api/meta.json           what is shown; all that an export says otherwise
+    GET  /api/{tokens,layers,clusters}.json
+    GET  /api/{map,labels,norms,keys}/NAME.bin
+    GET  /api/token/ID            /api/key/LAYER/KEY           records of the index
+    GET  /api/row/ID              /api/similar/LAYER/KEY       from the model
+    GET  /api/state               edits that are applied, and what can be compared
+    POST /api/prompt              and the other verbs of live.py, editing.py and comparing.py
+
+Errors are {"error": sentence} with status 4xx. What every request passes first is in guard.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import socket
+import threading
+import webbrowser
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.serve.comparing import Comparison
+from flexmemory.serve.editing import Bench
+from flexmemory.serve.fields import Fields
+from flexmemory.serve.guard import LOOPBACK, Guard, refused
+from flexmemory.serve.live import LiveModel
+from flexmemory.serve.records import Records, to_json
+
+logger = logging.getLogger(__name__)
+STATIC = Path(__file__).parent / "static"
+
+
+def create_app(
+    records: Records,
+    live: LiveModel,
+    *,
+    checkpoint: Checkpoint,
+    name: str,
+    compare: Sequence[Path] = (),
+    hosts: tuple[str, ...] = LOOPBACK,
+) -> Starlette:
+    """The application.
+
+    Args:
+        records: An index.
+        live: The model of that index.
+        checkpoint: What both were made from.
+        name: Of the model, for reading.
+        compare: Checkpoints and patches for the page Diff.
+        hosts: Names and addresses under which it is served.
+
+    Raises:
+        FileNotFoundError: there is nothing at one of `compare`.
+        ValueError: one of `compare` is of another model.
+    """
+    bench = Bench(live, records, checkpoint)
+    comparison = Comparison(bench, checkpoint, others=compare)
+    verbs = {**live.verbs(), **bench.verbs(), **comparison.verbs()}
+    documents = {
+        "meta": lambda: records.meta() | live.meta() | {"name": name, "live": True},
+        "tokens": records.tokens,
+        "layers": records.layers,
+        "clusters": records.clusters,
+    }
+    reads: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "token/{id:int}": lambda path: records.token(path["id"]),
+        "key/{layer:int}/{key:int}": lambda path: records.key(path["layer"], path["key"]),
+        "row/{id:int}": lambda path: live.row_record(path["id"]),
+        "state": lambda path: bench.state() | {"comparable": comparison.names()},
+        "similar/{layer:int}/{key:int}": lambda path: live.similar_keys(path["layer"], path["key"]),
+    }
+    return Starlette(
+        routes=[
+            *(Route(f"/api/{each}.json", _document(make)) for each, make in documents.items()),
+            Route("/api/{kind}/{name}.bin", _binary(records)),
+            *(Route(f"/api/{path}", _read(handler)) for path, handler in reads.items()),
+            *(Route(f"/api/{verb}", _posted(handler), methods=["POST"]) for verb, handler in verbs.items()),
+            Mount("/", StaticFiles(directory=STATIC, html=True)),
+        ],
+        middleware=[Middleware(Guard, hosts=hosts)],
+        exception_handlers={HTTPException: _failed, ValueError: _failed},
+    )
+
+
+def _json(value: Any) -> Response:
+    return Response(to_json(value), media_type="application/json")
+
+
+def _document(make: Callable[[], Any]) -> Callable[[Request], Response]:
+    """Serve what never changes, made once."""
+    content = functools.cache(lambda: to_json(make()))
+    return lambda request: Response(content(), media_type="application/json")
+
+
+def _binary(records: Records) -> Callable[[Request], Response]:
+    def serve_array(request: Request) -> Response:
+        content = records.binary(request.path_params["kind"], request.path_params["name"])
+        return Response(content, media_type="application/octet-stream")
+
+    return serve_array
+
+
+def _read(handler: Callable[[Mapping[str, Any]], Any]) -> Callable[[Request], Response]:
+    return lambda request: _json(handler(request.path_params))
+
+
+def _posted(handler: Callable[[Fields], Any]) -> Callable[[Request], Any]:
+    """Serve a verb; bytes are a file, everything else is JSON."""
+
+    async def serve_verb(request: Request) -> Response:
+        answer = await run_in_threadpool(handler, Fields.parse(await request.body()))
+        if isinstance(answer, bytes):
+            return Response(answer, media_type="application/octet-stream")
+        return _json(answer)
+
+    return serve_verb
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    """What does not exist, or cannot be done."""
+    if isinstance(error, HTTPException):
+        return refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    return refused(400 if request.method == "POST" else 404, str(error))
+
+
+def hosts_of(address: str) -> tuple[str, ...]:
+    """The names under which a server at `address` is reached."""
+    return LOOPBACK if address in LOOPBACK else (*LOOPBACK, address)
+
+
+def serve(app: Starlette, *, host: str, port: int, open_browser: bool) -> None:
+    """Serve until interrupted.
+
+    Args:
+        app: From `create_app`.
+        host: Address to listen at.
+        port: 0 takes a free one.
+        open_browser: Whether to open the page.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+        except OSError as error:
+            raise OSError(f"cannot listen at {host} port {port} ({error.strerror}); choose another --port") from error
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listening.getsockname()[1]}/"
+        logger.info("explorer at %s (Ctrl+C ends it)", address)
+        if open_browser:
+            threading.Timer(0.5, webbrowser.open, [address]).start()
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listening])
