@@ -22,7 +22,7 @@ ALLOWED = {
     "engine": BASE | {"model", "tol"},
     "interpret": BASE | {"model", "tol"},
     "serve": BASE | {"model", "tol", "engine", "interpret", "evaluate"},
-    "evaluate": BASE | {"model", "tol", "engine"},
+    "evaluate": BASE | {"model", "tol", "engine", "interpret"},
 }
 EVERYTHING = {"cli", "__main__"}
 
