@@ -126,8 +126,10 @@ def parse() -> argparse.Namespace:
 def in_parallel(args: argparse.Namespace, jobs: list[str]) -> None:
     """Run jobs, each in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:]]
+    started = time.perf_counter()
     processes = [subprocess.Popen([*command, "--one", job]) for job in jobs]
     failed = [job for job, process in zip(jobs, processes, strict=True) if process.wait()]
+    print(f"{', '.join(jobs)}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     if failed:
         print(f"{', '.join(failed)} did not end well; run this again to go on", file=sys.stderr)
 
