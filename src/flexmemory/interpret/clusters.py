@@ -1,7 +1,8 @@
 """K-means over tokens by the keys they use (Sec. 4, Fig. 5), and what the clusters are like.
 
-Points stay as they are given; what is made beside them is bounded by a chunk of rows. The sums of an update are matrix
-products, so that a seed gives the same clusters again on a GPU too, where scattered additions would not.
+Points stay as they are given; what is made beside them is bounded: a chunk of rows, and the sample that centres start
+from. The sums of an update are matrix products, so that a seed gives the same clusters again on a GPU too, where
+scattered additions would not.
 Dimension key: N points, K keys, C clusters, n rows of a chunk.
 """
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 CHUNK_ROWS = 4096
 """Points that exist in the working precision at once."""
 SEEDING_POINTS = 32
-"""Points for each cluster that initial centres are drawn from, at most: a pass over them for every centre."""
+"""Points for each cluster that initial centres are drawn from, at most: a copy, and a pass over it for every centre."""
 COLUMN_CHUNK = 256
 """Columns that are sorted at once."""
 
@@ -195,16 +196,15 @@ def _seed_centres(source: _Points, *, count: int, generator: torch.Generator) ->
     sample = torch.randperm(len(source.points), generator=generator)
     weighted = source.weights.cpu()[sample] > 0
     sample = sample[weighted][: max(count, SEEDING_POINTS * count)].to(source.points.device)
-    squares, weights = source.squares[sample], source.weights[sample]
+    rows, squares, weights = source[sample], source.squares[sample], source.weights[sample]
     distances = torch.full_like(squares, torch.inf)
     chosen: list[Tensor] = []
     for _ in range(count):
         chances = (weights if not chosen else weights * distances).double().cpu().cumsum(0)
         drawn = torch.rand(1, generator=generator, dtype=torch.float64) * chances[-1]
         pick = int(torch.searchsorted(chances, drawn, right=True).clamp(max=len(sample) - 1))
-        chosen.append(source[sample[pick : pick + 1]][0])
-        products = torch.cat([source[rows] @ chosen[-1] for rows in sample.split(source.chunk_rows)])
-        reached = (squares + chosen[-1].square().sum() - 2 * products).clamp(min=0)
+        chosen.append(rows[pick])
+        reached = (squares + squares[pick] - 2 * (rows @ rows[pick])).clamp(min=0)
         distances = torch.minimum(distances, reached)
     return torch.stack(chosen)
 
