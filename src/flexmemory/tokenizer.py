@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 import lzma
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -128,11 +128,15 @@ class Tokenizer:
 
     def decode_stream(self, token_ids: Iterable[int]) -> Iterator[str]:
         """Text of `token_ids` in pieces, each as soon as it is complete UTF-8."""
-        stream = decoders.DecodeStream(skip_special_tokens=True)
+        step = self.decode_steps()
         for token in token_ids:
-            piece = stream.step(self.core, token)
-            if piece:
+            if piece := step(token):
                 yield piece
+
+    def decode_steps(self) -> Callable[[int], str]:
+        """`decode_stream` for who is given tokens: a function of one after the other, to what text it completes."""
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self.core, token) or ""
 
     def token(self, token_id: int) -> str:
         """The readable form of one token: its text, or its raw name where it is no whole text."""
@@ -152,16 +156,34 @@ class Tokenizer:
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     """Pass text on as it comes, up to the first of `stops`; a possible beginning of one is held back."""
-    held = ""
+    watch = StopWatch(stops)
     for piece in pieces:
-        held += piece
-        found = [held.index(stop) for stop in stops if stop in held]
-        if found:
-            yield held[: min(found)]
+        if text := watch.push(piece):
+            yield text
+        if watch.stopped:
             return
-        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
+    if watch.held:
+        yield watch.held
+
+
+class StopWatch:
+    """`until_stop` for who is given text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Watch for the first of `stops`."""
+        self._stops = stops
+        self.held = ""
+        """What may be the beginning of a stop: text, where nothing follows."""
+        self.stopped = False
+        """Whether a stop came; what follows is not passed on."""
+
+    def push(self, piece: str) -> str:
+        """Take the next piece; what can be passed on."""
+        text = self.held + piece
+        found = [text.index(stop) for stop in self._stops if stop in text]
+        if found:
+            self.held, self.stopped = "", True
+            return text[: min(found)]
+        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]

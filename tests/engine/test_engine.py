@@ -71,7 +71,25 @@ def random_request(rng):
         "sampling": sampling,
         "max_new_tokens": rng.choice([1, 2, 7, 20, 100]),
         "stop_ids": rng.sample(range(512), rng.choice([0, 0, 30])),
+        "scored": rng.random() < 0.4,
     }
+
+
+def check_likelihoods(model, row_source, request, *, error):
+    """Those of a scored request are what one forward pass over its tokens says."""
+    assert len(request.likelihoods) == (len(request.tokens) if request.scored else 0)
+    if not request.likelihoods:
+        return
+    ids = torch.tensor([[*request.prompt_ids, *request.tokens[:-1]]], device=model.device)
+    with torch.inference_mode():
+        rows = model.rows(ids) if row_source is None and model.config.has_memory else row_source and row_source(ids)
+        logits = model.head(model.hidden_states(ids, rows)[0, len(request.prompt_ids) - 1 :])
+    logs = logits.log_softmax(dim=-1).cpu()
+    for token, likelihood, expected in zip(request.tokens, request.likelihoods, logs, strict=True):
+        assert likelihood.logprob == pytest.approx(float(expected[token]), abs=error)
+        top_ids, top = zip(*likelihood.alternatives, strict=True)
+        assert top == pytest.approx(expected.sort(descending=True).values[:20].tolist(), abs=error)
+        assert top == pytest.approx(expected[list(top_ids)].tolist(), abs=error)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -106,8 +124,10 @@ def test_any_schedule_gives_the_tokens_of_the_reference(loaded, poisoned, name, 
             assert (request.finish_reason, len(expected)) == ("length", request.max_new_tokens)
         assert request.tokens == expected
         assert request.slot is None
+        check_likelihoods(model.model, model.row_source, request, error=1e-9)
     slots = engine.slots
     assert slots.how == "greedy"
+    assert not slots.scored
     assert not slots.active.any()
     assert not slots.lengths.any()
 

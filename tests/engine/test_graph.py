@@ -14,7 +14,7 @@ from flexmemory.tol.build import build_store
 from flexmemory.tol.disk import DiskRows
 from flexmemory.tol.hot import HotRows, HotSet
 from flexmemory.tol.tiers import lookup, open_rows
-from tests.engine.test_engine import random_request
+from tests.engine.test_engine import check_likelihoods, random_request
 
 pytestmark = pytest.mark.gpu
 
@@ -87,6 +87,7 @@ def test_any_schedule_gives_the_tokens_of_the_reference(saved, tmp_path, name, k
             expected = expected[: len(request.tokens)]
         assert request.tokens == expected
         assert request.error is None
+        check_likelihoods(model, source_of(tier), request, error=1e-3)
 
 
 @pytest.mark.parametrize("embedding", [False, True])

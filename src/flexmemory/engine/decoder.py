@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flexmemory.engine.reference import RowSource
+from flexmemory.engine.sampling import Likelihood, log_probabilities
 from flexmemory.engine.slots import Slots
 from flexmemory.model.memory import Rows
 from flexmemory.model.transformer import Transformer
@@ -24,6 +25,10 @@ class Ticket(Protocol):
 
         In place of a token, why the rows that it takes could not be read; the slot is of no use from then on.
         """
+        ...
+
+    def likelihoods(self) -> list[Likelihood] | None:
+        """Those of `tokens`, after which it is asked for; None where no slot's were wanted."""
         ...
 
 
@@ -53,26 +58,65 @@ class Decoder(Protocol):
         ...
 
 
-class CopiedTokens:
-    """A ticket for tokens on any device: a copy of them is on its way to the host."""
+class HostCopy:
+    """Tensors of one device on their way to the host; on a GPU nothing waits for them but `tensors`."""
 
-    def __init__(self, token_ids: Int[Tensor, " n"], errors: Mapping[int, OSError] | None = None) -> None:
-        """Begin the copy; on a GPU nothing waits for it. `errors` stand in place of the tokens of some slots."""
-        self._errors = errors or {}
-        self._event = torch.cuda.Event() if token_ids.is_cuda else None
-        self._tokens = torch.empty_like(token_ids, device="cpu", pin_memory=token_ids.is_cuda)
-        self._tokens.copy_(token_ids, non_blocking=True)
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Begin the copies."""
+        on_gpu = tensors[0].is_cuda
+        self._event = torch.cuda.Event() if on_gpu else None
+        self._copies = [torch.empty_like(tensor, device="cpu", pin_memory=on_gpu) for tensor in tensors]
+        for copy, tensor in zip(self._copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def tokens(self) -> list[int | OSError]:
-        """The tokens, once they are here."""
+    def tensors(self) -> list[Tensor]:
+        """The copies, once they are here."""
         if self._event is not None:
             self._event.synchronize()
-        tokens: list[int | OSError] = self._tokens.tolist()
+        return self._copies
+
+    def likelihoods(self) -> list[Likelihood]:
+        """Where the tensors are those of `log_probabilities`: what they say of each token."""
+        logprobs, top, top_ids = (copy.tolist() for copy in self.tensors())
+        return [
+            Likelihood(logprob, tuple(zip(ids, logs, strict=True)))
+            for logprob, logs, ids in zip(logprobs, top, top_ids, strict=True)
+        ]
+
+
+class CopiedTokens:
+    """A ticket for tokens on any device."""
+
+    def __init__(
+        self,
+        token_ids: Int[Tensor, " n"],
+        errors: Mapping[int, OSError] | None = None,
+        *,
+        logits: Float[Tensor, "n V"] | None = None,
+    ) -> None:
+        """Take the tokens.
+
+        Args:
+            token_ids: They, of each slot.
+            errors: What stands in place of the tokens of some slots.
+            logits: What they were chosen from, where their likelihoods are wanted.
+        """
+        self._errors = errors or {}
+        self._tokens = HostCopy([token_ids])
+        self._scores = None if logits is None else HostCopy(log_probabilities(logits, token_ids))
+
+    def tokens(self) -> list[int | OSError]:
+        """The tokens, once they are here."""
+        tokens: list[int | OSError] = self._tokens.tensors()[0].tolist()
         for slot, error in self._errors.items():
             tokens[slot] = error
         return tokens
+
+    def likelihoods(self) -> list[Likelihood] | None:
+        """As `Ticket.likelihoods`."""
+        return None if self._scores is None else self._scores.likelihoods()
 
 
 class EagerDecoder:
@@ -101,7 +145,8 @@ class EagerDecoder:
         cache = slots.step_cache(num_slots, longest=int(lengths.max()))
         inputs = _borrowed(token_ids, active)[:, None]
         hidden = self._model.hidden_states(inputs, rows, cache, lengths[:, None])[:, -1]  # (n, D)
-        return CopiedTokens(slots.advance(self._model.head(hidden), slots.how), errors)
+        logits = self._model.head(hidden)  # (n, V)
+        return CopiedTokens(slots.advance(logits, slots.how), errors, logits=logits if slots.scored else None)
 
     def shrink(self) -> bool:
         """As `Decoder.shrink`: it keeps nothing that could be given up."""

@@ -14,12 +14,11 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flexmemory.engine.decoder import CopiedTokens, Decoder, EagerDecoder, Ticket
 from flexmemory.engine.prefill import Chunk, Prefill
 from flexmemory.engine.reference import RowSource
-from flexmemory.engine.sampling import Sampling
+from flexmemory.engine.sampling import Likelihood, Sampling
 from flexmemory.engine.slots import Slots
 from flexmemory.model.transformer import Transformer, check_token_ids
 
@@ -39,8 +38,12 @@ class Request:
     max_new_tokens: int
     """No more than there is room for."""
     stop_ids: frozenset[int]
+    scored: bool
+    """Whether likelihoods are wanted."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     """The new tokens so far; a stop id is not among them."""
+    likelihoods: list[Likelihood] = dataclasses.field(default_factory=list)
+    """Those of `tokens`, if wanted."""
     finish_reason: FinishReason | None = None
     """None until the request has ended."""
     error: OSError | None = None
@@ -114,8 +117,11 @@ class Engine:
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
+        scored: bool = False,
     ) -> Request:
         """Queue a prompt; `step`, `stream` and `generate` work on all that were submitted.
+
+        The request's `likelihoods` are filled if it is `scored`.
 
         Raises:
             ValueError: the prompt is empty, holds an id out of range, or leaves no room to continue.
@@ -132,6 +138,7 @@ class Engine:
             sampling=sampling,
             max_new_tokens=min(max_new_tokens, self.max_length - len(prompt_ids)),
             stop_ids=frozenset(stop_ids),
+            scored=scored,
             chunks=collections.deque(Chunk(ids, start=i * self._prefill_chunk) for i, ids in enumerate(pieces)),
         )
         self._queue.append(request)
@@ -231,7 +238,7 @@ class Engine:
         self._free.remove(request.slot)
         if not self._filling:
             self._prefill.fetch(request.chunks[0])
-        self.slots.open(request.slot, request.sampling)
+        self.slots.open(request.slot, request.sampling, scored=request.scored)
         self._filling.append(request)
 
     def _fill(self, request: Request) -> None:
@@ -240,7 +247,7 @@ class Engine:
         chunk, later = request.chunks.popleft(), self._filling[1] if len(self._filling) > 1 else None
         following = request.chunks or (later.chunks if later else None)
         try:
-            token = self._in_memory(partial(self._compute, chunk, request, then=following[0] if following else None))
+            first = self._in_memory(partial(self._compute, chunk, request, then=following[0] if following else None))
         except OSError as error:
             self._end(request, "error", error)
             return
@@ -248,17 +255,20 @@ class Engine:
             request.chunks.appendleft(chunk)
             raise
         self._tokens += chunk.token_ids.shape[1]
-        if token is None:
+        if first is None:
             return
         self._filling.popleft()
         self._running[request.slot] = request
-        self._launched(CopiedTokens(token), {0: request})
+        self._launched(first, {0: request})
 
-    def _compute(self, chunk: Chunk, request: Request, *, then: Chunk | None) -> Tensor | None:
-        """Compute a chunk of a prompt; the first token, (1,), after the last. Done again, it does the same."""
+    def _compute(self, chunk: Chunk, request: Request, *, then: Chunk | None) -> Ticket | None:
+        """Compute a chunk of a prompt; after the last, the first token. Done again, it does the same."""
         assert request.slot is not None
         logits = self._prefill.compute(chunk, request.slot, then=then)
-        return None if request.chunks else self.slots.start(request.slot, logits)
+        if request.chunks:
+            return None
+        token = self.slots.start(request.slot, logits)
+        return CopiedTokens(token, logits=logits if request.scored else None)
 
     def _decode(self) -> None:
         self._compact()
@@ -288,7 +298,7 @@ class Engine:
         """Take the tokens of all steps but the last `ahead`."""
         while len(self._in_flight) > ahead:
             ticket, requests = self._in_flight.popleft()
-            tokens = ticket.tokens()
+            tokens, likelihoods = ticket.tokens(), ticket.likelihoods()
             for place, request in requests.items():
                 if request.finish_reason is not None:
                     continue  # ended while the step was in flight
@@ -300,6 +310,9 @@ class Engine:
                     self._end(request, "stop")
                     continue
                 request.tokens.append(token)
+                if request.scored:
+                    assert likelihoods is not None
+                    request.likelihoods.append(likelihoods[place])
                 if len(request.tokens) == request.max_new_tokens:
                     self._end(request, "length")
 

@@ -22,10 +22,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from flexmemory.engine.decode import Operations, residual_stream
+from flexmemory.engine.decoder import HostCopy
 from flexmemory.engine.feed import RowFeed
 from flexmemory.engine.narrow import NarrowKernels
 from flexmemory.engine.placement import format_size
-from flexmemory.engine.sampling import How, sample
+from flexmemory.engine.sampling import How, Likelihood, log_probabilities, sample
 from flexmemory.engine.slots import Slots
 from flexmemory.engine.wide import WideKernels
 from flexmemory.model.transformer import Transformer
@@ -110,19 +111,20 @@ class GraphDecoder:
         self._ring = torch.zeros(num_slots, RING, dtype=torch.int64, pin_memory=True)
         self._ring_view = self._ring.numpy()
         self._in_flight: list[_Ticket] = []
-        self._graphs: dict[tuple[int, How], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, How, bool], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...] | None]] = {}
+        """Steps by slots, way to choose, and whether likelihoods are wanted: `log_probabilities`, where a step leaves them."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def launch(self, num_slots: int) -> _Ticket:
         """As `Decoder.launch`."""
         bucket = min(1 << (num_slots - 1).bit_length(), len(self._launched))
         self._deliver_fresh()
-        graph = self._graphs.get((bucket, self._slots.how))
-        if graph is None:
-            graph = self._capture(bucket, self._slots.how)
+        kind = (bucket, self._slots.how, bool(self._slots.scored))
+        graph, scores = self._graphs.get(kind) or self._capture(*kind)
         graph.replay()
         sequences = [self._sequence[slot] if slot in self._slots.running else None for slot in range(num_slots)]
-        ticket = _Ticket(self, self._launched[:num_slots], sequences)
+        copied = None if scores is None else HostCopy([score[:num_slots] for score in scores])
+        ticket = _Ticket(self, self._launched[:num_slots], sequences, copied)
         for slot in range(bucket):
             self._launched[slot] += 1
         self._in_flight.append(ticket)
@@ -190,8 +192,8 @@ class GraphDecoder:
         if error is not None:
             self._errors.setdefault(slot, error)
 
-    def _choose(self, num_slots: int, how: How) -> Tensor:
-        """One step up to its tokens."""
+    def _choose(self, num_slots: int, how: How, *, scored: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """One step up to its tokens, and what `log_probabilities` says of them."""
         model, slots, feed = self._model, self._slots, self._feed
         operations: Operations = self._narrow if num_slots <= NARROW else self._wide
         lengths = slots.lengths[:num_slots]
@@ -210,20 +212,26 @@ class GraphDecoder:
             lengths=lengths,
             states=slots.states,
         )
-        if how == "greedy":
-            return operations.most_likely(x, model.norm, model.head)
+        if how == "greedy" and not scored:
+            return operations.most_likely(x, model.norm, model.head), None
         logits = operations.logits(x, model.norm, model.head)
-        return sample(logits, slots.sampling[:num_slots], lengths + 1, how)
+        tokens = sample(logits, slots.sampling[:num_slots], lengths + 1, how)
+        return tokens, log_probabilities(logits, tokens) if scored else None
 
-    def _step(self, num_slots: int, how: How, state: tuple[Tensor, ...]) -> None:
-        tokens = self._choose(num_slots, how)
+    def _step(
+        self, num_slots: int, how: How, state: tuple[Tensor, ...], *, scored: bool
+    ) -> tuple[Tensor, ...] | None:
+        tokens, scores = self._choose(num_slots, how, scored=scored)
         forced = self._forced
         _finish[(num_slots,)](
             tokens, tokens if forced is None else forced, self._slots.capacity, *state,
             FORCED=forced is not None, RING=RING, num_warps=1,
         )  # fmt: skip
+        return scores
 
-    def _capture(self, num_slots: int, how: How) -> torch.cuda.CUDAGraph:
+    def _capture(
+        self, num_slots: int, how: How, scored: bool
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...] | None]:
         """Record a step; it is first run without a trace, so that all it needs is compiled and allocated."""
         for ticket in list(self._in_flight):
             ticket.tokens()
@@ -233,17 +241,18 @@ class GraphDecoder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # What it writes to the cache, the step itself writes again.
-            self._step(num_slots, how, (*[tensor.clone() for tensor in state[:-1]], self._ring.clone().pin_memory()))
+            copies = (*[tensor.clone() for tensor in state[:-1]], self._ring.clone().pin_memory())
+            self._step(num_slots, how, copies, scored=scored)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             try:
-                self._step(num_slots, how, state)
+                scores = self._step(num_slots, how, state, scored=scored)
             finally:  # a capture ends with all its streams joined, also one that ran out of memory
                 if self._feed is not None:
                     self._feed.arrive()
-        self._graphs[num_slots, how] = graph
-        return graph
+        self._graphs[num_slots, how, scored] = graph, scores
+        return graph, scores
 
     def _take(self, ticket: _Ticket) -> list[int | OSError]:
         """Wait for a ticket's tokens, and deliver the rows that the next step of each slot needs."""
@@ -277,8 +286,10 @@ class GraphDecoder:
 class _Ticket:
     """A launched step."""
 
-    def __init__(self, decoder: GraphDecoder, steps: list[int], sequences: list[int | None]) -> None:
-        self._decoder, self.steps = decoder, steps
+    def __init__(
+        self, decoder: GraphDecoder, steps: list[int], sequences: list[int | None], scores: HostCopy | None
+    ) -> None:
+        self._decoder, self.steps, self._scores = decoder, steps, scores
         self.sequences = sequences
         """The sequence of each slot; None where the slot does not run."""
         self._tokens: list[int | OSError] | None = None
@@ -288,3 +299,7 @@ class _Ticket:
         if self._tokens is None:
             self._tokens = self._decoder._take(self)
         return self._tokens
+
+    def likelihoods(self) -> list[Likelihood] | None:
+        """As `Ticket.likelihoods`."""
+        return None if self._scores is None else self._scores.likelihoods()

@@ -19,6 +19,20 @@ How = Literal["greedy", "plain", "filtered"]
 """What a batch needs: the most likely token, draws, or draws among the most likely tokens only."""
 
 
+ALTERNATIVES = 20
+"""Most likely tokens whose log-probabilities are given with that of a chosen one."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely the model held a token to be, before settings of sampling: natural logarithms."""
+
+    logprob: float
+    """Of the chosen token."""
+    alternatives: tuple[tuple[int, float], ...]
+    """The most likely tokens and their log-probabilities, the first `ALTERNATIVES` of them."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """How to choose the next token. The defaults are greedy."""
@@ -119,6 +133,19 @@ def draw(
     """
     sums = _probabilities(logits, temperature).double().cumsum(dim=-1)  # (B, V)
     return (sums <= uniform[:, None] * sums[:, -1:]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+
+
+def log_probabilities(logits: Float[Tensor, "B V"], token_ids: Int[Tensor, " B"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of chosen tokens, and of the most likely ones, whatever the settings of sampling.
+
+    Like `sample`, it can be captured in a CUDA graph.
+
+    Returns:
+        Log-probabilities of the tokens, (B,), and of the k most likely ones, (B, k); the ids of these, (B, k).
+    """
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    top, top_ids = logs.topk(min(ALTERNATIVES, logs.shape[-1]), dim=-1)
+    return logs.gather(1, token_ids[:, None])[:, 0], top, top_ids
 
 
 def filter_logits(logits: Float[Tensor, "B V"], settings: SamplingTensors) -> Float[Tensor, "B V"]:

@@ -53,12 +53,14 @@ class Slots:
         """The active slots, as the host knows them."""
         self.fresh: set[int] = set()
         """Active slots whose next input no decode step chose: a decoder that must know it looks, and clears this."""
+        self.scored: set[int] = set()
+        """Slots whose tokens are wanted with their log-probabilities."""
         self.masked = False
         """Whether all that reads the cache leaves out what lies beyond a slot's length; else slots are cleared."""
         self._settings = [Sampling()] * num_slots
 
-    def open(self, slot: int, sampling: Sampling) -> None:
-        """Take a slot for a new sequence.
+    def open(self, slot: int, sampling: Sampling, *, scored: bool = False) -> None:
+        """Take a slot for a new sequence, whose log-probabilities are wanted if it is `scored`.
 
         Its cache is cleared, unless `masked`: where what lies beyond its length is multiplied by zero, NaN from
         whatever was there would pass.
@@ -66,6 +68,8 @@ class Slots:
         if not self.masked:
             self.states[:, :, slot] = 0
         self._reset(slot, sampling)
+        if scored:
+            self.scored.add(slot)
 
     def close(self, slot: int) -> None:
         """Give a slot back."""
@@ -74,8 +78,8 @@ class Slots:
     def _reset(self, slot: int, sampling: Sampling) -> None:
         self.active[slot].fill_(False)  # unlike `= False`, it waits for no GPU
         self.lengths[slot].fill_(0)
-        self.running.discard(slot)
-        self.fresh.discard(slot)
+        for slots in (self.running, self.fresh, self.scored):
+            slots.discard(slot)
         self._set_sampling(slot, sampling)
 
     def _set_sampling(self, slot: int, sampling: Sampling) -> None:
@@ -106,7 +110,7 @@ class Slots:
 
     def move(self, source: int, target: int, *, length: int) -> None:
         """Move a sequence of at most `length` tokens to a free slot, and give its own back."""
-        self.open(target, self._settings[source])
+        self.open(target, self._settings[source], scored=source in self.scored)
         self.states[:, :, target, :, :length] = self.states[:, :, source, :, :length]
         for tensor in (self.token_ids, self.lengths, self.active):
             tensor[target] = tensor[source]
