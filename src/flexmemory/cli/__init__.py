@@ -25,6 +25,7 @@ VERBS = {
     "index": "list, for all tokens, which memory cells each uses and which use it",
     "explore": "see tokens, keys, maps and layers of a memory in a browser, and edit it",
     "generate": "continue a prompt",
+    "serve": "an OpenAI-compatible server",
     "eval": "measure a checkpoint",
     "export": "write a model for other runtimes (ONNX)",
     "push": "upload a checkpoint or lookups to the Hugging Face Hub",

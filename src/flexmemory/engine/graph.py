@@ -112,7 +112,7 @@ class GraphDecoder:
         self._ring_view = self._ring.numpy()
         self._in_flight: list[_Ticket] = []
         self._graphs: dict[tuple[int, How, bool], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...] | None]] = {}
-        """Steps by slots, way to choose, and whether likelihoods are wanted: `log_probabilities`, where a step leaves them."""
+        """Steps by slots, way to choose and whether likelihoods are wanted; with where these are left."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def launch(self, num_slots: int) -> _Ticket:
@@ -218,9 +218,7 @@ class GraphDecoder:
         tokens = sample(logits, slots.sampling[:num_slots], lengths + 1, how)
         return tokens, log_probabilities(logits, tokens) if scored else None
 
-    def _step(
-        self, num_slots: int, how: How, state: tuple[Tensor, ...], *, scored: bool
-    ) -> tuple[Tensor, ...] | None:
+    def _step(self, num_slots: int, how: How, state: tuple[Tensor, ...], *, scored: bool) -> tuple[Tensor, ...] | None:
         tokens, scores = self._choose(num_slots, how, scored=scored)
         forced = self._forced
         _finish[(num_slots,)](

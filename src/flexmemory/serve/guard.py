@@ -7,14 +7,17 @@ may hold is bounded before it is read. Every response forbids the browser to loa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 1 << 20
 """Of a request; texts and edits are far smaller."""
+BODY_S = 30
+"""Seconds that a body may take to arrive."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -30,11 +33,26 @@ HEADERS = {
 class Guard:
     """Refuses what no page of ours would send, and adds `HEADERS` to every response."""
 
-    def __init__(self, app: ASGIApp, *, hosts: Iterable[str] = LOOPBACK, max_body_bytes: int = MAX_BODY_BYTES) -> None:
-        """Stand before `app`, which is reached under `hosts` (names or addresses, without port)."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Iterable[str] | None = LOOPBACK,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        refuse: Callable[[int, str], Response] | None = None,
+    ) -> None:
+        """Stand before `app`.
+
+        Args:
+            app: What is served.
+            hosts: Names or addresses, without port, under which it is reached; None for any.
+            max_body_bytes: Longest body of a request.
+            refuse: Makes the answer of a status and a sentence; `refused` by default.
+        """
         self.app = app
-        self.hosts = frozenset(hosts)
+        self.hosts = None if hosts is None else frozenset(hosts)
         self.max_body_bytes = max_body_bytes
+        self._refuse = refuse or refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -52,18 +70,23 @@ class Guard:
 
         refusal = self.refusal(scope["method"], Headers(scope=scope))
         if refusal is not None:
-            await refused(*refusal)(scope, receive, send_guarded)
+            await self._refuse(*refusal)(scope, receive, send_guarded)
             return
-        body = await read_body(receive, limit=self.max_body_bytes)
+        try:
+            async with asyncio.timeout(BODY_S):
+                body = await read_body(receive, limit=self.max_body_bytes)
+        except TimeoutError:
+            await self._refuse(408, f"the body did not arrive within {BODY_S} s")(scope, receive, send_guarded)
+            return
         if body is None:
-            await refused(413, self._too_large)(scope, receive, send_guarded)
+            await self._refuse(413, self._too_large)(scope, receive, send_guarded)
             return
         await self.app(scope, _replayed(body, receive), send_guarded)
 
     def refusal(self, method: str, headers: Headers) -> tuple[int, str] | None:
         """Status and reason why a request is not served, or None."""
         host = headers.get("host", "")
-        if host_name(host) not in self.hosts:
+        if self.hosts is not None and host_name(host) not in self.hosts:
             return 403, f"host {host[:100]!r} is not served here; open the address that the command printed"
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if origin is not None and origin != f"http://{host}":
