@@ -9,8 +9,8 @@ from flexmemory.model.checkpoint import Checkpoint
 from tests.conftest import NANO, random_model
 from tests.tol.conftest import write_checkpoint
 
-SMALL = 2**21
-"""Working bytes that cut the nano vocabulary (512 tokens, 128 cells) in two chunks, and values in many."""
+OPTIONS = IndexOptions(working_bytes=2**21, maps="pca")
+"""Chunks of the nano vocabulary (512 tokens, 128 cells) are halves of it."""
 
 
 @pytest.fixture(scope="session")
@@ -30,4 +30,4 @@ def counts() -> torch.Tensor:
 def indexed(nano: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> MemoryIndex:
     """The index of `nano`. Not to be changed."""
     out = tmp_path_factory.mktemp("indexed") / "index"
-    return build_index(nano, out, options=IndexOptions(working_bytes=SMALL))
+    return build_index(nano, out, options=OPTIONS)

@@ -13,13 +13,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,6 +41,8 @@ from flexmemory.interpret.index_format import (
     partial_folder,
 )
 from flexmemory.interpret.index_layer import WORKING_BYTES, layer_arrays, layer_facts, nearest_arrays
+from flexmemory.interpret.index_spaces import MapMethod, clustered, embedding_points, layer_points, mapped
+from flexmemory.interpret.projection import require_opentsne
 from flexmemory.interpret.reader import MemoryIndex
 from flexmemory.interpret.tables import require_pyarrow, write_keys, write_tokens
 from flexmemory.interpret.tkv import TokenMemory
@@ -50,6 +52,8 @@ from flexmemory.storage import Progress, publish, sha256_file, write_json
 
 PER_TOKEN = ("token_keys_idx", "token_keys_val", "row_norms")
 """Arrays whose second axis is the layer's; of others with layers it is the first."""
+
+TOKENS_PER_CLUSTER = 8
 
 logger = logging.getLogger(__name__)
 Placed = dict[str, tuple[Any, Tensor]]
@@ -64,6 +68,14 @@ class IndexOptions:
     """By default all that the memory has."""
     keep: Keep = dataclasses.field(default_factory=Keep)
     neighbors: bool = True
+    clusters: int = 100
+    """Clusters of a layer's tokens, at most one for every `TOKENS_PER_CLUSTER`; 0 for none."""
+    maps: MapMethod | None = "tsne"
+    """How maps are made, if any are: slowly by t-SNE on the CPU, or from two principal components."""
+    cluster_layers: tuple[int, ...] | None = None
+    """Layers whose tokens are clustered; by default the first, middle and last."""
+    map_layers: tuple[int, ...] | None = None
+    """Layers with a map, beside the one of embeddings; by default the first."""
     tables: bool = True
     """Whether to write tokens.parquet and keys.parquet, which takes pyarrow."""
     seed: int = 0
@@ -103,6 +115,8 @@ def build_index(
         raise FileExistsError(f"{out} already exists; choose another folder or remove it")
     if options.tables:
         require_pyarrow()
+    if options.maps == "tsne":
+        require_opentsne()
     dtype = torch.promote_types(checkpoint.stored_dtype(), torch.float32)
     memory = TokenMemory(checkpoint.load(device=device, dtype=dtype))
     vocabulary, mask = _tokens(checkpoint, counts)
@@ -128,13 +142,16 @@ def build_index(
         "mask_sha256": _sha256(vocabulary.mask),
         "counts_sha256": "" if counts is None else _sha256(counts),
         "tables": options.tables,
+        "maps": options.maps,
         "working_bytes": options.working_bytes,  # chunks of another height round differently
         "device": torch.device(device).type,
     }
     partial = partial_folder(out)
     with Progress.open(partial, json.loads(json.dumps(identity))) as progress:
         arrays = _open_arrays(partial, array_specs(contents), fresh=not progress.lines)
-        _run(_steps(memory, vocabulary, contents, options), arrays, progress)
+        steps = [*_list_steps(memory, vocabulary, contents, options)]
+        steps += _space_steps(memory, vocabulary, contents, options, extremes=arrays["key_hist_edges"])
+        _run(steps, arrays, progress)
         facts = {line["step"]: line["facts"] for line in progress.lines}
         _write_tables(partial, facts, arrays, contents, vocabulary if options.tables else None)
         write_json(partial / MANIFEST, _sealed(partial, manifest, arrays).to_json())
@@ -185,6 +202,15 @@ def _contents(memory: TokenMemory, options: IndexOptions, *, kept_tokens: int) -
         raise ValueError(f"layers must be distinct and at least one, got {list(layers)}")
     for layer in layers:
         memory.cells(layer)  # raises for one that cannot be read
+    clustered_in = (layers[0], layers[len(layers) // 2], layers[-1])
+    if options.cluster_layers is not None:
+        clustered_in = options.cluster_layers
+    mapped_in = layers[:1] if options.map_layers is None else options.map_layers
+    if absent := {*clustered_in, *mapped_in} - {*layers}:
+        raise ValueError(f"layers {sorted(absent)} are to have clusters or maps but are not in the index")
+    if options.clusters < 0:
+        raise ValueError(f"the number of clusters must not be negative, got {options.clusters}")
+    clusters = min(options.clusters, kept_tokens // TOKENS_PER_CLUSTER)
     return Contents(
         vocab_size=memory.vocab_size,
         num_keys=memory.num_keys,
@@ -192,9 +218,9 @@ def _contents(memory: TokenMemory, options: IndexOptions, *, kept_tokens: int) -
         kept_tokens=kept_tokens,
         keep=options.keep,
         neighbors=options.neighbors,
-        clusters=0,
-        cluster_layers=(),
-        spaces=(),
+        clusters=clusters,
+        cluster_layers=tuple(dict.fromkeys(clustered_in)) if clusters else (),
+        spaces=(*dict.fromkeys(f"layer{layer}" for layer in mapped_in), "embedding") if options.maps else (),
     )
 
 
@@ -207,8 +233,10 @@ class _Step:
     """Gives numbers for arrays, and facts (JSON) for the tables."""
 
 
-def _steps(memory: TokenMemory, vocabulary: Vocabulary, contents: Contents, options: IndexOptions) -> Iterator[_Step]:
-    """All of the work, in order."""
+def _list_steps(
+    memory: TokenMemory, vocabulary: Vocabulary, contents: Contents, options: IndexOptions
+) -> Iterator[_Step]:
+    """Layers and nearest tokens."""
 
     def one_layer(place: int, layer: int) -> tuple[Placed, Any]:
         found = layer_arrays(
@@ -231,14 +259,51 @@ def _steps(memory: TokenMemory, vocabulary: Vocabulary, contents: Contents, opti
         yield _Step("embedding neighbors", lambda: neighbors("embedding_neighbors", None))
 
 
-def _run(steps: Iterator[_Step], arrays: Mapping[str, np.memmap], progress: Progress) -> None:
+def _space_steps(
+    memory: TokenMemory,
+    vocabulary: Vocabulary,
+    contents: Contents,
+    options: IndexOptions,
+    *,
+    extremes: Float32[np.ndarray, "L K 2"],
+) -> Iterator[_Step]:
+    """Clusters and maps; `extremes` are there when layers are done."""
+    token_ids = vocabulary.mask.nonzero()[:, 0]
+
+    def points(layer: int) -> Tensor:
+        edges = torch.from_numpy(np.array(extremes[contents.layers.index(layer)]))
+        return layer_points(
+            memory, layer=layer, token_ids=token_ids, extremes=edges, working_bytes=options.working_bytes
+        )
+
+    def clusters(place: int, layer: int) -> tuple[Placed, Any]:
+        labels, facts = clustered(
+            points(layer), token_ids=token_ids, kinds=vocabulary.kind, count=contents.clusters, seed=options.seed
+        )
+        return {"cluster_labels": (place, labels)}, facts
+
+    def map_of(space: str) -> tuple[Placed, Any]:
+        assert options.maps is not None
+        embedding = space == "embedding"
+        found = embedding_points(memory, token_ids=token_ids) if embedding else points(int(space[len("layer") :]))
+        places = mapped(
+            found, token_ids=token_ids, vocab_size=contents.vocab_size, method=options.maps, seed=options.seed
+        )
+        return {f"map_{space}": (..., places)}, None
+
+    for place, layer in enumerate(contents.cluster_layers):
+        yield _Step(f"clusters {layer}", lambda place=place, layer=layer: clusters(place, layer))
+    for space in contents.spaces:
+        yield _Step(f"map {space}", lambda space=space: map_of(space))
+
+
+def _run(steps: Sequence[_Step], arrays: Mapping[str, np.memmap], progress: Progress) -> None:
     """Do the steps that are not done yet."""
-    todo = list(steps)
     done = len(progress.lines)
-    if 0 < done < len(todo):
-        logger.info("going on at %s", todo[done].name)
-    with tqdm(total=len(todo), initial=done, desc="indexing", unit="step", disable=None) as bar:
-        for step in todo[done:]:
+    if 0 < done < len(steps):
+        logger.info("going on at %s", steps[done].name)
+    with tqdm(total=len(steps), initial=done, desc="indexing", unit="step", disable=None) as bar:
+        for step in steps[done:]:
             bar.set_postfix_str(step.name)
             placed, facts = step.run()
             for name, (place, part) in placed.items():
@@ -290,7 +355,7 @@ def _write_tables(
 ) -> None:
     """What is not an array; Parquet only of a `vocabulary`."""
     write_json(folder / LAYERS, {"layers": [facts[f"layer {layer}"] for layer in contents.layers]})
-    write_json(folder / CLUSTERS, {str(layer): facts[f"space layer{layer}"] for layer in contents.cluster_layers})
+    write_json(folder / CLUSTERS, {str(layer): facts[f"clusters {layer}"] for layer in contents.cluster_layers})
     if vocabulary is not None:
         write_tokens(folder / TOKENS, vocabulary)
         write_keys(folder / KEYS, layers=contents.layers, stats=arrays["key_stats"])

@@ -36,6 +36,8 @@ ACTIVE_SHARE = 0.01
 BINS = 64
 NO_CLUSTER = 65_535
 """The label of tokens that the mask leaves out."""
+NOWHERE = 65_535
+"""Both coordinates, on a map, of tokens that the mask leaves out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ it mean nothing.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,6 +43,19 @@ def principal_components(points: Float[Tensor, "N K"], *, count: int = 2) -> Flo
     return torch.cat([(chunk.to(dtype) - mean) @ directions for chunk in chunks])
 
 
+def require_opentsne() -> ModuleType:
+    """The library.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import openTSNE
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+    return openTSNE
+
+
 def tsne(
     points: Float[Tensor, "N K"],
     *,
@@ -67,10 +81,7 @@ def tsne(
     """
     if len(points) < 3 * perplexity + 1:
         raise ValueError(f"perplexity {perplexity} needs {3 * perplexity + 1} points or more; got {len(points)}")
-    try:
-        import openTSNE
-    except ImportError as error:
-        raise ImportError(INSTALL) from error
+    openTSNE = require_opentsne()
     kept = principal_components(points, count=min(components, *points.shape)).double().cpu()
     start = kept[:, :2] / kept[:, 0].std() * 1e-4
     algorithm: Any = openTSNE.TSNE  # its annotations know no array to start from
