@@ -12,7 +12,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from flexmemory.interpret.index import build_index
+from flexmemory.interpret.index import IndexOptions, build_index
 from flexmemory.interpret.reader import MemoryIndex
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.serve.explorer import create_app
@@ -89,7 +89,7 @@ def explored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explored]:
     config = NANO["nano-flex3"]
     checkpoint = write_checkpoint(folder / "model", random_model(config, dtype=torch.float32), text=TEXT)
     other = write_checkpoint(folder / "other", random_model(config, seed=1, dtype=torch.float32), text=TEXT)
-    add_spaces(build_index(checkpoint, folder / "index"))
+    add_spaces(build_index(checkpoint, folder / "index", options=IndexOptions(clusters=0, maps=None)))
     records = Records(MemoryIndex.open(folder / "index", checkpoint=checkpoint))
     live = LiveModel(checkpoint, records)
     app = create_app(records, live, checkpoint=checkpoint, name="nano", compare=[other.path])

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -336,8 +337,9 @@ def _open_arrays(folder: Path, specs: Mapping[str, ArraySpec], *, fresh: bool) -
         path = folder / f"{name}.npy"
         if fresh:
             np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(spec.dtype), shape=spec.shape)
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, spec.file_bytes)
+            if sys.platform == "linux":  # others have no such call, and would find it out while writing
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, spec.file_bytes)
         if not path.is_file() or path.stat().st_size != spec.file_bytes:
             raise ValueError(f"{path} is not as it was left; remove {folder} and index again")
         arrays[name] = np.lib.format.open_memmap(path, mode="r+")
