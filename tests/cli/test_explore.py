@@ -47,11 +47,10 @@ def test_mistakes(checkpoint, tmp_path, refused, walkthrough, served):
     assert "--port" in refused("explore", checkpoint, "--port", "70000")
     assert "already exists" in refused("explore", checkpoint, "--export", checkpoint)
     assert "no device" in refused("explore", checkpoint, "--device", "tpu")
+    assert "no single address" in refused("explore", checkpoint, "--host", "0.0.0.0")
+    assert "does not exist" in refused("explore", checkpoint, "--compare", tmp_path / "none")
     assert "is not an index" in refused("explore", checkpoint, "--index", walkthrough / "runs/data")
     assert not (tmp_path / "index-model").exists(), "mistakes are found before the index is built"
-    index = tmp_path / "index"
-    run("explore", checkpoint, "--index", index)
-    assert "does not exist" in refused("explore", checkpoint, "--index", index, "--compare", tmp_path / "none")
 
 
 def test_help_does_not_wait_for_the_server_or_torch():

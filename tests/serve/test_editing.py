@@ -100,6 +100,8 @@ def test_a_saved_patch_makes_the_model_that_answered(bench, tmp_path):
         ({}, "lacks 'op'"),
         ({"op": "drop tables"}, "there is no edit"),
         ({"op": "scale_row", "token": 512, "factor": 0}, "out of range"),
+        ({"op": "scale_row", "token": 10**30, "factor": 0}, "whole number"),
+        ({"op": "suppress", "tokens": [10**30]}, "whole numbers"),
         ({"op": "scale_row", "token": 5, "layer": 9, "factor": 0}, "out of range"),
         ({"op": "scale_row", "token": 5, "factor": "0"}, "finite number"),
         ({"op": "scale_value", "layer": 0, "key": 128, "factor": 0}, "out of range"),

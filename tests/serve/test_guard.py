@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from starlette.testclient import TestClient
 
+from flexmemory.serve.explorer import hosts_of
 from flexmemory.serve.guard import MAX_BODY_BYTES, host_name
 
 
@@ -15,6 +17,26 @@ def test_every_response_forbids_other_sources(explored):
         assert "unsafe" not in policy
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_failures_of_ours_are_answered_too(explored, monkeypatch):
+    def fail(*_args):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(explored.records, "token", fail)
+    client = TestClient(explored.client.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+    response = client.get("/api/token/1")
+    assert response.status_code == 500
+    assert "RuntimeError" in response.json()["error"]
+    assert "secret" not in response.text
+    assert "content-security-policy" in response.headers
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", ""])
+def test_an_address_that_stands_for_many_is_refused(address):
+    with pytest.raises(ValueError, match="no single address"):
+        hosts_of(address)
+    assert "192.168.1.7" in hosts_of("192.168.1.7")
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8642", "127.0.0.1.evil.example", "", "[::2]:8642"])

@@ -53,11 +53,15 @@ def explore(
         raise FileExistsError(f"{export} already exists; choose another folder or remove it")
     place, opened = resolve_device(device), Checkpoint.open(checkpoint)
     require_server()
+    from flexmemory.serve.comparing import comparable
     from flexmemory.serve.explorer import create_app, hosts_of, serve
     from flexmemory.serve.export import check_size, write_export
     from flexmemory.serve.live import LiveModel
     from flexmemory.serve.records import Records
 
+    hosts = hosts_of(host)
+    for other in compare:
+        comparable(other, opened)  # before an index is built
     if export is not None:
         check_size(opened.config)
     records = Records(opened_index(opened, index, counts=counts, device=place))
@@ -67,7 +71,7 @@ def explore(
     if export is not None:
         print(f"{write_export(records, live, export, name=name)} files in {export}")
         return
-    app = create_app(records, live, checkpoint=opened, name=name, compare=compare, hosts=hosts_of(host))
+    app = create_app(records, live, checkpoint=opened, name=name, compare=compare, hosts=hosts)
     serve(app, host=host, port=port, open_browser=open)
 
 

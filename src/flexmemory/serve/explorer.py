@@ -27,11 +27,11 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.serve.comparing import Comparison
@@ -53,7 +53,7 @@ def create_app(
     name: str,
     compare: Sequence[Path] = (),
     hosts: tuple[str, ...] = LOOPBACK,
-) -> Starlette:
+) -> Guard:
     """The application.
 
     Args:
@@ -84,7 +84,7 @@ def create_app(
         "state": lambda path: bench.state() | {"comparable": comparison.names()},
         "similar/{layer:int}/{key:int}": lambda path: live.similar_keys(path["layer"], path["key"]),
     }
-    return Starlette(
+    app = Starlette(
         routes=[
             *(Route(f"/api/{each}.json", _document(make)) for each, make in documents.items()),
             Route("/api/{kind}/{name}.bin", _binary(records)),
@@ -92,9 +92,9 @@ def create_app(
             *(Route(f"/api/{verb}", _posted(handler), methods=["POST"]) for verb, handler in verbs.items()),
             Mount("/", StaticFiles(directory=STATIC, html=True)),
         ],
-        middleware=[Middleware(Guard, hosts=hosts)],
-        exception_handlers={HTTPException: _failed, ValueError: _failed},
+        exception_handlers={HTTPException: _failed, ValueError: _failed, Exception: _broken},
     )
+    return Guard(app, hosts=hosts)  # outside of Starlette's own handlers, so that their answers pass it too
 
 
 def _json(value: Any) -> Response:
@@ -138,12 +138,26 @@ def _failed(request: Request, error: Exception) -> Response:
     return refused(400 if request.method == "POST" else 404, str(error))
 
 
+def _broken(request: Request, error: Exception) -> Response:
+    """A mistake of ours; the terminal shows it."""
+    return refused(500, f"this failed ({type(error).__name__}); the terminal says where")
+
+
 def hosts_of(address: str) -> tuple[str, ...]:
-    """The names under which a server at `address` is reached."""
+    """The names under which a server at `address` is reached.
+
+    Raises:
+        ValueError: it stands for many addresses, so that there is no telling.
+    """
+    if address in ("", "0.0.0.0", "::"):
+        raise ValueError(
+            f"--host {address or repr('')} is no single address: name the one under which it is reached, since "
+            "requests for other hosts are refused"
+        )
     return LOOPBACK if address in LOOPBACK else (*LOOPBACK, address)
 
 
-def serve(app: Starlette, *, host: str, port: int, open_browser: bool) -> None:
+def serve(app: ASGIApp, *, host: str, port: int, open_browser: bool) -> None:
     """Serve until interrupted.
 
     Args:

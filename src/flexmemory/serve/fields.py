@@ -50,7 +50,7 @@ class Fields:
             ValueError: it is missing, or is something else.
         """
         value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not _is_whole(value):
             raise ValueError(f"{name} should be a whole number, got {_shown(value)}")
         return value
 
@@ -80,7 +80,7 @@ class Fields:
             ValueError: it is missing, or is something else.
         """
         value = self._get(name, default)
-        if not isinstance(value, list) or any(not isinstance(v, int) or isinstance(v, bool) for v in value):
+        if not isinstance(value, list) or not all(map(_is_whole, value)):
             raise ValueError(f"{name} should be a list of whole numbers, got {_shown(value)}")
         return value
 
@@ -100,6 +100,10 @@ class Fields:
         if value is None:
             raise ValueError(f"the body lacks {name!r}")
         return value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
 
 
 def _finite(name: str, value: Any) -> float:

@@ -57,8 +57,8 @@ export function token(id, props = {}) {
 }
 
 export const keyName = (layer, key) => `L${layer}K${key}`;
-export const keyLink = (layer, key, props = {}) =>
-  h("a", { class: "key", href: `#/${keyName(layer, key)}`, ...props }, keyName(layer, key));
+export const keyLink = (layer, key, props = {}, label = keyName(layer, key)) =>
+  h("a", { class: "key", href: `#/${keyName(layer, key)}`, ...props }, label);
 
 export function panel(title, note, ...children) {
   return h("section", { class: "panel" }, h("h2", {}, title, note ? h("small", {}, note) : null), ...children);

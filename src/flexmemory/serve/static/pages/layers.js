@@ -4,7 +4,9 @@ import { legend, lines } from "../charts.js";
 import { choice, h, keyLink, number, paged, panel, token } from "../dom.js";
 import { go } from "../nav.js";
 
-const SHOWN = new Set(["layer", "row_norm_median", "row_norm_max", "kurtosis_median"]); // in charts of their own
+// In charts of their own.
+const SHOWN = new Set(["layer", "row_norm_mean", "row_norm_median", "row_norm_max", "kurtosis_median", "active_mean"]);
+const NAMES = { largest: "Largest |c|", silent_keys: "Keys that are active on no token" };
 
 export async function draw(box, _, params) {
   const found = await data.layers();
@@ -134,7 +136,7 @@ function curves(rows, names) {
   );
   return fields.map((field) =>
     panel(
-      field.replaceAll("_", " "),
+      NAMES[field] ?? field.replaceAll("_", " "),
       "",
       lines(
         list.map((one) => one.layer),

@@ -99,7 +99,7 @@ function keysOf(found, place, layer) {
       entries.length
         ? ranked(entries, {
             most,
-            label: (key) => [keyLink(layer, key), h("small", {}, `c ${signed(values.get(key))}`)],
+            label: (key) => [keyLink(layer, key, {}, `K${key}`), h("small", {}, `c ${signed(values.get(key))}`)],
             format: (v) => number(Math.abs(v)),
           })
         : h("p", { class: "none" }, "none among the strongest"),
