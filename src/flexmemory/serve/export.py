@@ -59,8 +59,10 @@ def files(records: Records, live: LiveModel, *, name: str) -> Iterator[tuple[str
     def document(make: Callable[[], Any]) -> Callable[[], bytes]:
         return lambda: to_json(make())
 
-    def shard(make: Callable[[int], Any], start: int, total: int) -> Callable[[], bytes]:
-        return lambda: to_json([make(place) for place in range(start, min(start + SHARD, total))])
+    def shards(path: str, total: int, make: Callable[[range], list[Any]]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        for number, start in enumerate(range(0, total, SHARD)):
+            places = range(start, min(start + SHARD, total))
+            yield f"{path}/{number}.json", lambda places=places: to_json(make(places))
 
     yield "meta.json", document(lambda: records.meta() | live.meta() | {"name": name, "live": False, "shard": SHARD})
     yield "tokens.json", document(records.tokens)
@@ -75,16 +77,11 @@ def files(records: Records, live: LiveModel, *, name: str) -> Iterator[tuple[str
     for kind, names in arrays:
         for each in names:
             yield f"{kind}/{each}.bin", lambda kind=kind, each=each: records.binary(kind, str(each))
-    for number, start in enumerate(range(0, index.vocab_size, SHARD)):
-        yield f"token/{number}.json", shard(records.token, start, index.vocab_size)
-        yield f"row/{number}.json", shard(live.row_record, start, index.vocab_size)
+    yield from shards("token", index.vocab_size, lambda ids: [records.token(token) for token in ids])
+    yield from shards("row", index.vocab_size, live.row_records)
     for layer in index.layers:
-        for number, start in enumerate(range(0, index.num_keys, SHARD)):
-            yield (
-                f"key/{layer}/{number}.json",
-                shard(lambda key, layer=layer: records.key(layer, key), start, index.num_keys),
-            )
-            yield (
-                f"similar/{layer}/{number}.json",
-                shard(lambda key, layer=layer: live.similar_keys(layer, key), start, index.num_keys),
-            )
+        cells = index.num_keys
+        yield from shards(f"key/{layer}", cells, lambda keys, layer=layer: [records.key(layer, key) for key in keys])
+        yield from shards(
+            f"similar/{layer}", cells, lambda keys, layer=layer: [live.similar_keys(layer, key) for key in keys]
+        )

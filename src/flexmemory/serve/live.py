@@ -30,6 +30,8 @@ MAX_NEW_TOKENS = 64
 LISTED = 12
 """Tokens of a list."""
 SIMILAR = 12
+KEPT = 512
+"""Answers that are kept for the next time."""
 
 
 class LiveModel:
@@ -54,15 +56,15 @@ class LiveModel:
         self.layers = records.index.layers
         self.mask = torch.tensor(records.index.tokens["kept"])
         self.lock = threading.RLock()
-        self.row_record = functools.lru_cache(maxsize=512)(self._row_record)
-        self.similar_keys = functools.lru_cache(maxsize=512)(self._similar_keys)
+        self._model_number = 0
+        self._rows = functools.lru_cache(maxsize=KEPT)(lambda _model, token_id: self.row_records([token_id])[0])
+        self._similar = functools.lru_cache(maxsize=KEPT)(lambda _model, layer, key: self._similar_keys(layer, key))
 
     def use(self, model: Transformer) -> None:
         """Answer with another model of the same shape."""
         with self.lock:
             self.model, self.memory = model, TokenMemory(model)
-            self.row_record.cache_clear()
-            self.similar_keys.cache_clear()
+            self._model_number += 1  # answers of models before are not found again
 
     def meta(self) -> dict[str, Any]:
         """What the page must know of the model."""
@@ -105,17 +107,37 @@ class LiveModel:
             raise ValueError(f"the text has {len(ids)} tokens; at most {self.max_prompt_tokens} are taken")
         return ids
 
-    def _row_record(self, token_id: int) -> dict[str, Any]:
-        """What a token's row promotes and suppresses in every layer, by the direct projection on the vocabulary."""
+    def row_record(self, token_id: int) -> dict[str, Any]:
+        """What a token's row promotes and suppresses in every layer, by the direct projection on the vocabulary.
+
+        Raises:
+            ValueError: there is no such token.
+        """
         with self.lock:
-            ids = torch.tensor([token_id])
-            rows = torch.cat([self.memory.rows(ids, layer=layer) for layer in self.layers])
-            logits = self.memory.project(rows).float()  # (L, V)
-        promoted, suppressed = (self.lists(sign * logits, sign=sign) for sign in (1, -1))
-        return {
-            "id": token_id,
-            "layers": [{"promoted": up, "suppressed": down} for up, down in zip(promoted, suppressed, strict=True)],
-        }
+            return self._rows(self._model_number, token_id)
+
+    def similar_keys(self, layer: int, key: int) -> dict[str, Any]:
+        """Cells of the same layer whose value, or whose key, points most nearly the same way.
+
+        Raises:
+            ValueError: there is no such key.
+        """
+        with self.lock:
+            return self._similar(self._model_number, layer, key)
+
+    def row_records(self, token_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """`row_record` of many tokens at once."""
+        ids = torch.tensor(token_ids)
+        with self.lock:
+            rows = torch.stack([self.memory.rows(ids, layer=layer) for layer in self.layers], dim=1)  # (U, L, D)
+            logits = self.memory.project(rows).float().flatten(0, 1)  # (U * L, V)
+        sides = zip(self.lists(logits, sign=1), self.lists(-logits, sign=-1), strict=True)
+        layers = [{"promoted": up, "suppressed": down} for up, down in sides]
+        depth = len(self.layers)
+        return [
+            {"id": token, "layers": layers[place * depth : (place + 1) * depth]}
+            for place, token in enumerate(token_ids)
+        ]
 
     def lists(self, signed: Float[Tensor, "N V"], *, sign: int) -> list[Pairs]:
         """Of each of N, the tokens with the largest `signed` numbers, which are `sign` times those that are told."""
@@ -123,10 +145,9 @@ class LiveModel:
         return pairs_of(best.indices, sign * best.values)
 
     def _similar_keys(self, layer: int, key: int) -> dict[str, Any]:
-        """Cells of the same layer whose value, or whose key, points most nearly the same way."""
         if not 0 <= key < self.memory.num_keys:
             raise ValueError(f"key {key} is out of range: layers have keys 0 to {self.memory.num_keys - 1}")
-        with self.lock, torch.no_grad():
+        with torch.no_grad():
             found = {}
             for name, vectors in (("values", self.memory.values(layer)), ("keys", self.memory.keys(layer))):
                 cosines = F.cosine_similarity(vectors.float(), vectors[key][None].float())

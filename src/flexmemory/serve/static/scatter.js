@@ -3,12 +3,12 @@
 
 const VERTEX = `
 attribute vec2 place; attribute vec4 color; attribute float mark;
-uniform vec2 scale, shift; uniform float size;
+uniform vec2 scale, shift; uniform float size, faint;
 varying vec4 tone; varying float ring;
 void main() {
   gl_Position = vec4(place * scale + shift, 0.0, 1.0);
   gl_PointSize = size * (1.0 + 1.2 * mark);
-  tone = color; ring = mark;
+  tone = vec4(color.rgb, color.a * mix(faint, 1.0, mark)); ring = mark;
 }`;
 const FRAGMENT = `
 precision mediump float;
@@ -20,6 +20,7 @@ void main() {
   float dark = ring > 0.5 ? smoothstep(0.55, 0.7, far) : 0.0;
   gl_FragColor = vec4(mix(tone.rgb, vec3(1.0, 0.72, 0.0), dark), tone.a * soft);
 }`;
+const FAINT = 0.22; // points that are not marked, where some are
 const CELLS = 256;
 const NEAR = 12;
 const SPAN = 65535;
@@ -31,6 +32,7 @@ export class Scatter {
     this.count = places.length / 2;
     this.view = { x: 0.5, y: 0.5, zoom: 1 };
     this.hidden = null;
+    this.faint = 1;
     const gl = canvas.getContext("webgl", { antialias: false, alpha: true, premultipliedAlpha: false });
     if (!gl) throw new Error("this browser has no WebGL, which the map needs");
     this.gl = gl;
@@ -54,6 +56,7 @@ export class Scatter {
 
   setMarks(ids) {
     const marks = new Uint8Array(this.count);
+    this.faint = ids.length ? FAINT : 1;
     for (const id of ids) marks[id] = 255;
     this.fill("mark", marks);
   }
@@ -100,6 +103,7 @@ export class Scatter {
     const scale = this.transform();
     gl.uniform2f(gl.getUniformLocation(program, "scale"), scale.x, -scale.y);
     gl.uniform2f(gl.getUniformLocation(program, "shift"), -this.view.x * scale.x, this.view.y * scale.y);
+    gl.uniform1f(gl.getUniformLocation(program, "faint"), this.faint);
     const crowd = this.count > 50000 ? 2.2 : this.count > 10000 ? 3 : 4.4;
     gl.uniform1f(gl.getUniformLocation(program, "size"), ratio * Math.min(14, crowd * this.view.zoom ** 0.35));
     gl.drawArrays(gl.POINTS, 0, this.count);

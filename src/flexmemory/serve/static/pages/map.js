@@ -169,7 +169,7 @@ export async function draw(box, _, params) {
     ),
   );
   await paint();
-  if (state.find) search(state.find, !state.at);
+  if (state.find) search(state.find, false);
   else list([], "");
   const view = state.at.split(",").map(Number);
   if (view.length === 3 && view.every(Number.isFinite)) {
