@@ -1,7 +1,7 @@
 // One key and its value: which tokens it fires on, how often, and what it then says of the next token.
 import * as data from "../data.js";
 import { histogram } from "../charts.js";
-import { h, keyLink, keyName, number, panel, problem, ranked, signed } from "../dom.js";
+import { h, keyLink, keyName, number, panel, problem, ranked, signed, whole } from "../dom.js";
 import { address } from "../nav.js";
 
 const NAMES = {
@@ -51,7 +51,7 @@ export async function draw(box, [layer, key], params) {
       { class: "grid sided" },
       panel(
         "Tokens it fires on",
-        `exact over ${mask.tokens} tokens`,
+        `exact over ${whole(mask.tokens)} tokens`,
         h(
           "div",
           { class: "two" },
