@@ -1,19 +1,16 @@
 """A nano model with an index that has maps and clusters, and a client of its explorer."""
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from starlette.testclient import TestClient
 
 from flexmemory.interpret.index import IndexOptions, build_index
-from flexmemory.interpret.reader import MemoryIndex
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.serve.explorer import create_app
 from flexmemory.serve.live import LiveModel
@@ -22,6 +19,7 @@ from tests.conftest import NANO, random_model
 from tests.tol.conftest import write_checkpoint
 
 TEXT = "the red dog and the blue cat sat on the green hill; two dogs ran, three cats slept. Red Dog! été 日本 "
+OPTIONS = IndexOptions(clusters=4, cluster_layers=(0, 2), maps="pca")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,39 +47,6 @@ class Explored:
         return response.json()["error"]
 
 
-def add_spaces(index: MemoryIndex) -> None:
-    """Maps and clusters of random numbers, as a builder would add them."""
-    folder, vocab, generator = index.path, index.vocab_size, np.random.default_rng(0)
-    layers = [index.layers[0], index.layers[-1]]
-    labels = generator.integers(0, 4, (2, vocab)).astype(np.uint16)
-    labels[:, ~np.array(index.tokens["kept"])] = 65535
-    arrays = {
-        "cluster_labels": labels,
-        "map_layer0": generator.integers(0, 65536, (vocab, 2)).astype(np.uint16),
-        "map_embedding": generator.integers(0, 65536, (vocab, 2)).astype(np.uint16),
-    }
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-        manifest["arrays"][name] = {"shape": array.shape, "dtype": array.dtype.name, "sha256": ""}
-    clusters = {
-        str(layer): [
-            {
-                "size": int((row == label).sum()),
-                "cohesion": 0.5,
-                "medoids": np.flatnonzero(row == label)[:8].tolist(),
-                "kinds": [["piece", int((row == label).sum())]],
-            }
-            for label in range(4)
-        ]
-        for layer, row in zip(layers, labels, strict=True)
-    }
-    (folder / "clusters.json").write_text(json.dumps(clusters))
-    manifest["files"]["clusters.json"]["bytes"] = (folder / "clusters.json").stat().st_size
-    manifest["cluster_layers"] = layers
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.fixture(scope="session")
 def explored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explored]:
     """An explorer of a fp32 nano model. Edits must be taken back."""
@@ -89,8 +54,7 @@ def explored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explored]:
     config = NANO["nano-flex3"]
     checkpoint = write_checkpoint(folder / "model", random_model(config, dtype=torch.float32), text=TEXT)
     other = write_checkpoint(folder / "other", random_model(config, seed=1, dtype=torch.float32), text=TEXT)
-    add_spaces(build_index(checkpoint, folder / "index", options=IndexOptions(clusters=0, maps=None)))
-    records = Records(MemoryIndex.open(folder / "index", checkpoint=checkpoint))
+    records = Records(build_index(checkpoint, folder / "index", options=OPTIONS))
     live = LiveModel(checkpoint, records)
     app = create_app(records, live, checkpoint=checkpoint, name="nano", compare=[other.path])
     with TestClient(app, base_url="http://127.0.0.1:8642") as client:
