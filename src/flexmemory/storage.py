@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,6 +55,25 @@ def publish_file(path: Path, data: bytes) -> None:
     _flush(partial)
     partial.rename(path)
     _flush(path.parent)
+
+
+def link_files(source: Path, folder: Path, *, leave_out: Container[str] = ()) -> None:
+    """Give `folder` the files of folder `source`, as hard links: nothing is copied, and neither may be written to.
+
+    Args:
+        source: Where files are.
+        folder: Where they shall be too; copied where the file system has no links, or is another one.
+        leave_out: Paths, relative to `source` and with slashes, not to link.
+    """
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source).as_posix()
+        if not path.is_file() or name in leave_out:
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path.resolve(), folder / name)
+        except OSError:
+            shutil.copyfile(path, folder / name)
 
 
 def _flush(path: Path) -> None:

@@ -4,15 +4,17 @@ import contextlib
 import importlib.util
 import re
 import runpy
+import shlex
 
 import pytest
+import torch
 
-from tests.cli.conftest import REPOSITORY, readme_blocks
+from tests.cli.conftest import REPOSITORY, readme_blocks, run
 
 
 def test_every_command_says_something(walkthrough):
     assert {command.split()[1] for command in walkthrough.outputs} == {
-        "info", "prepare", "train", "plot", "tol", "generate", "eval", "index",
+        "info", "prepare", "train", "plot", "tol", "generate", "eval", "index", "edit",
     }  # fmt: skip
     assert all(output.strip() for output in walkthrough.outputs.values())
 
@@ -39,6 +41,26 @@ def test_the_block_of_the_reading_guide_runs(capsys):
     said = capsys.readouterr().out
     assert "\u2423April" in said  # a month, as its comment says
     assert float(said.rsplit(": ", 1)[1]) > 0.001
+
+
+def test_the_blocks_of_the_editing_guide_run(capsys, tmp_path):
+    text = (REPOSITORY / "docs" / "editing.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (commands,) = re.findall(r"```\n(flexmemory.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "models").symlink_to(REPOSITORY / "models")
+    with contextlib.chdir(tmp_path):
+        exec(compile(block, "editing.md", "exec"), {})
+        said = capsys.readouterr().out.splitlines()
+        for line in commands.splitlines():
+            run(*shlex.split(line, comments=True)[1:])
+    assert [re.findall(r"[A-Z]\w+", line)[0] for line in said[4:]] == ["Berlin", "London", "France", "Chicago"]
+    printed = [[float(chance) for chance in re.findall(r"0\.\d+", line)] for line in said[:4]]
+    before, after = torch.tensor(printed[:2]), torch.tensor(printed[2:])
+    table = [
+        [float(cell) for cell in row.split("|")[2:6]] for row in re.findall(r"^\| He lived.*$", text, re.MULTILINE)
+    ]
+    expected = torch.stack((before, after), dim=2).flatten(1)
+    torch.testing.assert_close(torch.tensor(table), expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(

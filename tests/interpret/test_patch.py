@@ -30,6 +30,7 @@ def of_everything(memory: TokenMemory, seed: int = 0) -> Patch:
         edit.set_value(layer=0, key=6, value=vectors[3])
         edit.set_key(layer=1, key=5, vector=vectors[3], gate=vectors[4])
         edit.inject(500 + seed, embedding=vectors[4])
+        edit.swap_rows(1, 2)
     return dataclasses.replace(edit.patch, base="a" * 64, tokenizer="b" * 64, description="why")
 
 
@@ -82,7 +83,7 @@ def test_patches_stack_in_order(memory):
     swapped = stack([second, first]).apply(memory.model)
     value = [TokenMemory(model).values(0)[6] for model in (swapped, first.apply(memory.model))]
     assert torch.equal(*value)  # the last one wins
-    assert stack([first, second]).tokens == (7, 8, 30, 31, 500, 501)
+    assert stack([first, second]).tokens == (1, 2, 7, 8, 30, 31, 500, 501)
     with pytest.raises(ValueError, match="made for different checkpoints"):
         stack([first, dataclasses.replace(second, base="c" * 64)])
     with pytest.raises(ValueError, match="no patch"):

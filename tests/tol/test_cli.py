@@ -99,7 +99,7 @@ def test_damage_is_refused(store, capsys):
 def test_newer_and_unknown_formats_are_refused(store, capsys):
     edit_manifest(store, lambda manifest: manifest.update(codec="int3"))
     assert "unknown ToL codec 'int3'" in refused(capsys, "info", store.path)
-    edit_manifest(store, lambda manifest: manifest.update(format_version=4))
+    edit_manifest(store, lambda manifest: manifest.update(format_version=5))
     assert "update flexmemory" in refused(capsys, "info", store.path)
     (store.path / "manifest.json").unlink()
     assert "has no manifest.json" in refused(capsys, "info", store.path)

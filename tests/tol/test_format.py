@@ -131,7 +131,7 @@ def test_manifest_has_the_documented_entries(store: ToLStore):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=4), "has ToL format 4; this version reads up to 3: update flexmemory"),
+        (lambda m: m.update(format_version=5), "has ToL format 5; this version reads up to 4: update flexmemory"),
         (lambda m: m.update(format="other"), "is not a ToL store"),
         (lambda m: m.update(format_version="1"), "ToL format '1'"),
         (lambda m: m.update(codec="int3"), "unknown ToL codec 'int3'"),

@@ -24,6 +24,7 @@ VERBS = {
     "tol": "build, describe or verify token-wise lookups",
     "index": "list, for all tokens, which memory cells each uses and which use it",
     "explore": "see tokens, keys, maps and layers of a memory in a browser, and edit it",
+    "edit": "change rows, values and keys of a memory by patches, and take that back",
     "generate": "continue a prompt",
     "serve": "an OpenAI-compatible server",
     "eval": "measure a checkpoint",

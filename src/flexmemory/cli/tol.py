@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from flexmemory.device import resolve_device
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.storage import write_json
+from flexmemory.tokenizer import Tokenizer
 from flexmemory.tol.build import build_store
-from flexmemory.tol.diff import difference
+from flexmemory.tol.diff import Difference, difference
+from flexmemory.tol.edited import edited_tokens
 from flexmemory.tol.plan import load_plan
 from flexmemory.tol.requantize import requantize
 from flexmemory.tol.store import ToLStore
@@ -117,19 +120,30 @@ def diff(
         worst: Tokens to name.
         out: A JSON file for all of it, every token included.
     """
+    print_difference(lambda: difference(ToLStore.open(first), ToLStore.open(second)), worst=worst, out=out)
+
+
+def print_difference(
+    compare: Callable[[], Difference], *, worst: int, out: Path | None, tokenizer: Tokenizer | None = None
+) -> None:
+    """Say what `compare` finds, and write all of it to `out`; refuse bad options before it begins."""
     if worst < 0:
         raise ValueError(f"--worst must not be negative, got {worst}")
     if out is not None and out.exists():
         raise FileExistsError(f"{out} already exists; choose another file or remove it")
-    found = difference(ToLStore.open(first), ToLStore.open(second))
+    found = compare()
     width = max(map(len, found.names))
-    print(f"{'':{width}}  relative error      rms error  largest error")
-    for name, relative, rms, largest in zip(found.names, found.relative, found.rms, found.largest, strict=True):
-        print(f"{name:{width}}  {relative:14.4%}  {rms:13.6g}  {largest:13.6g}")
+    print(f"{'':{width}}  relative error      rms error  largest error  tokens that differ")
+    for place, name in enumerate(found.names):
+        print(
+            f"{name:{width}}  {found.relative[place]:14.4%}  {found.rms[place]:13.6g}  {found.largest[place]:13.6g}  "
+            f"{int(found.changed[place]):18,}"
+        )
     if found.missing:
         print(f"not compared, as one of the two lacks it: {', '.join(found.missing)}")
     for token, name, error in found.worst(worst):
-        print(f"token {token}: {error:.4%} in {name}")
+        text = "" if tokenizer is None else f" ({tokenizer.token(token)!r})"
+        print(f"token {token}{text}: {error:.4%} in {name}")
     if out is not None:
         write_json(out, found.to_json())
 
@@ -186,6 +200,9 @@ def describe(store: ToLStore) -> str:
         "counts": "none" if manifest.counts is None else f"of {manifest.counts.total:,} tokens",
         "blocks": f"{sum(1 for _ in manifest.blocks()):,} of {manifest.block_rows:,} rows",
     }
+    if manifest.edits:
+        edited = len(edited_tokens(manifest.edits))
+        entries["edited"] = f"rows of {edited:,} tokens, in {len(manifest.edits)} edits (docs/editing.md)"
     lines = [str(store.path), *(f"  {name:<12}{value}" for name, value in entries.items()), "  shards"]
     for shard in manifest.shards:
         last = shard.first_token + shard.tokens - 1

@@ -154,23 +154,22 @@ class Editor:
             self._set_cell("gates", layer=layer, key=key, vector=gate)
 
     def scale_key(self, *, layer: int, key: int, factor: float, token_ids: Int[Tensor, " U"] | None = None) -> None:
-        """Multiply a cell's coefficient.
-
-        Args:
-            layer: The layer.
-            key: The cell.
-            factor: What its coefficients are multiplied by.
-            token_ids: For these tokens alone, whose rows are then given; by default for all, by scaling the key.
-        """
-        self._check_key(layer, key)
-        if token_ids is None:
-            self.set_key(layer=layer, key=key, vector=self.memory.keys(layer)[key] * factor)
+        """Multiply a cell's coefficient, for all tokens or as `scale_keys` for some."""
+        if token_ids is not None:
+            self.scale_keys([key], layer=layer, factor=factor, token_ids=token_ids)
             return
+        self._check_key(layer, key)
+        self.set_key(layer=layer, key=key, vector=self.memory.keys(layer)[key] * factor)
+
+    def scale_keys(self, keys: Sequence[int], *, layer: int, factor: float, token_ids: Int[Tensor, " U"]) -> None:
+        """Multiply some cells' coefficients for some tokens alone, whose rows are then given: c_k is c_k * factor."""
+        for key in keys:
+            self._check_key(layer, key)
         self._refuse_given(token_ids, layer=layer)
         precise = precise_memory(self.memory.model, layer=layer)
-        coefficients = precise.coefficients(token_ids, layer=layer)[:, key]
-        change = (factor - 1) * coefficients[:, None] * precise.values(layer)[key]
-        self.set_rows(token_ids, layer=layer, rows=precise.rows(token_ids, layer=layer) + change)
+        cells = torch.tensor(sorted(set(keys)), device=precise.model.device)
+        part = precise.coefficients(token_ids, layer=layer)[:, cells] @ precise.values(layer)[cells]
+        self.set_rows(token_ids, layer=layer, rows=precise.rows(token_ids, layer=layer) + (factor - 1) * part)
 
     def rank_one(
         self,

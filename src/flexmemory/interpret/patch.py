@@ -108,7 +108,7 @@ class Patch:
         for number, step in enumerate(self.steps):
             for field in ("ids", "numbers", "factors"):
                 if (tensor := getattr(step, field)) is not None:
-                    tensors[f"{number:05d}.{field}"] = tensor.cpu().contiguous()
+                    tensors[f"{number:05d}.{field}"] = tensor.cpu().contiguous().clone()  # some are shared
         header = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "steps"
         } | {"steps": [{"kind": step.kind, "layer": step.layer} for step in self.steps]}

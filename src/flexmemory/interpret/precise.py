@@ -13,22 +13,29 @@ from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.model.transformer import MemoryBlock, Transformer
 
 
-def precise_memory(model: Transformer, *, layer: int) -> TokenMemory:
-    """The memory of `model`, or where it has fewer bits of a copy in which this layer's rows are computed in fp32.
+def precise_memory(model: Transformer, *, layer: int | None = None) -> TokenMemory:
+    """The memory of `model`, or where it has fewer bits of a copy in which rows are computed in fp32.
+
+    Args:
+        model: A model with a memory, which is not changed.
+        layer: The only layer whose rows will be asked for; by default all may be.
 
     Raises:
-        ValueError: the layer does not exist, or there is no memory in it.
+        ValueError: the layer does not exist, or the model has no memory.
     """
     memory = TokenMemory(model)
-    memory.cells(layer)
+    layers = memory.layers if layer is None else (layer,)
+    for number in layers:
+        memory.cells(number)
     dtype = torch.promote_types(model.dtype, torch.float32)
     if dtype == model.dtype:
         return memory
     result = shared_copy(model)
-    block = result.blocks[layer]
-    assert isinstance(block, MemoryBlock)
+    for number in layers:
+        block = result.blocks[number]
+        assert isinstance(block, MemoryBlock)
+        block.memory = copy.deepcopy(model.memories[number]).to(dtype)
     assert result.embedding is not None
-    block.memory = copy.deepcopy(model.memories[layer]).to(dtype)
     result.embedding = copy.deepcopy(result.embedding).to(dtype)
     return TokenMemory(result)
 

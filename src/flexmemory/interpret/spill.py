@@ -1,14 +1,15 @@
 """Who else moves: how far an edit moves every token's row, exactly, before it is applied.
 
 Edits of rows move nobody else: zero, by construction and bit for bit. Edits of values and keys move every token that
-uses these cells, by c'(t) v' - c(t) v summed over the changed cells. A report costs one pass over the vocabulary for
-each layer that is touched. It is about rows; what attention makes of an edited row at later positions is not in it.
+uses these cells, by c'(t) v' - c(t) v summed over the changed cells, at the cost of a pass over the vocabulary with
+these cells. It is about rows; what attention makes of an edited row at later positions is not in it.
 Dimension key: V vocabulary, P layers that the edit touches, S changed cells, D model width.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -36,8 +37,18 @@ class Spill:
     """The tokens that the edit is about, which `others` leaves out."""
     moved: Float[Tensor, "V P"]
     """Length of the change of each token's row."""
-    lengths: Float[Tensor, "V P"]
-    """Length of each token's row before."""
+    memory: TokenMemory
+    """What would be edited."""
+
+    @functools.cached_property
+    def lengths(self) -> Float[Tensor, "V P"]:
+        """Length of each token's row before, computed when it is first asked for: a pass over the vocabulary."""
+        lengths = torch.empty_like(self.moved)
+        for place, layer in enumerate(self.layers):
+            before = precise_memory(self.memory.model, layer=layer)
+            for ids in self.memory.vocabulary_chunks():
+                lengths[ids.cpu(), place] = before.rows(ids, layer=layer).norm(dim=1).double().cpu()
+        return lengths
 
     @property
     def others(self) -> Bool[Tensor, " V"]:
@@ -96,22 +107,18 @@ def spill(memory: TokenMemory, patch: Patch, *, progress: bool = True) -> Spill:
     edited = patch.apply(memory.model)
     has_embedding = any(step.kind == "embedding" for step in patch.steps)
     layers = memory.layers if has_embedding else tuple(sorted({step.layer for step in patch.steps}))
-    moved, lengths = torch.zeros(2, memory.vocab_size, len(layers), dtype=torch.float64)
+    moved = torch.zeros(memory.vocab_size, len(layers), dtype=torch.float64)
     bar = tqdm(layers, desc="rows that move", unit="layer", leave=False, disable=None if progress else True)
     for place, layer in enumerate(bar):
         before, after = precise_memory(memory.model, layer=layer), precise_memory(edited, layer=layer)
         cells = _changed_cells(patch, layer, memory.num_keys)
         named = _named(patch, before, after, layer)
-        for ids in memory.vocabulary_chunks():
-            chunk = ids.cpu()
-            rows = before.rows(ids, layer=layer)
-            lengths[chunk, place] = rows.norm(dim=1).double().cpu()
-            if len(cells):
-                moved[chunk, place] = _change(before, after, ids, cells, layer).norm(dim=1).double().cpu()
+        for ids in memory.vocabulary_chunks() if len(cells) else ():
+            moved[ids.cpu(), place] = _change(before, after, ids, cells, layer).norm(dim=1).double().cpu()
         if len(named):
             change = after.rows(named, layer=layer).double() - before.rows(named, layer=layer).double()
             moved[named.cpu(), place] = change.norm(dim=1).cpu()
-    return Spill(layers=tuple(layers), tokens=patch.tokens, moved=moved, lengths=lengths)
+    return Spill(layers=tuple(layers), tokens=patch.tokens, moved=moved, memory=memory)
 
 
 def _changed_cells(patch: Patch, layer: int, num_keys: int) -> Int64[Tensor, " S"]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +34,13 @@ class Difference:
     """The largest error."""
     by_token: Float[Tensor, "V P"]
     """Norm of the error of each token's row over the norm of the first store's; 0 where both are zero."""
+    moved: Float[Tensor, "V P"]
+    """Norm of the error of each token's row."""
+
+    @property
+    def changed(self) -> Int64[Tensor, " P"]:
+        """How many tokens' rows differ at all."""
+        return (self.moved > 0).sum(dim=0)
 
     def to_json(self) -> dict[str, Any]:
         """All of it; `tokens` has a list for each token, in the order of `names`."""
@@ -42,6 +50,7 @@ class Difference:
             "rms": self.rms.tolist(),
             "relative": self.relative.tolist(),
             "largest": self.largest.tolist(),
+            "changed": self.changed.tolist(),
             "tokens": self.by_token.tolist(),
         }
 
@@ -69,28 +78,59 @@ def difference(first: ToLStore, second: ToLStore) -> Difference:
     if not names:
         raise ValueError(f"{first.path} and {second.path} have no layer in common")
     places = [[own.index(name) for name in names] for own in held]
-    errors, numbers, largest = torch.zeros(3, len(names), dtype=torch.float64)
-    by_token = torch.zeros(first.vocab_size, len(names))
     with DiskRows(first) as one, DiskRows(second) as other:
-        for start in tqdm(range(0, first.vocab_size, CHUNK_TOKENS), desc="comparing rows", unit="chunk", disable=None):
-            ids = torch.arange(start, min(start + CHUNK_TOKENS, first.vocab_size))
-            rows = []
-            for tier, kept in ((one, places[0]), (other, places[1])):
-                whole = torch.empty((len(ids), tier.num_slices, tier.hidden_size), dtype=tier.dtype)
-                tier.gather(ids, whole)
-                rows.append(whole[:, kept].double())
-            error = rows[1] - rows[0]
-            errors += error.square().sum(dim=(0, 2))
-            numbers += rows[0].square().sum(dim=(0, 2))
-            largest = torch.maximum(largest, error.abs().amax(dim=(0, 2)))
-            by_token[ids] = _over(error.norm(dim=2), rows[0].norm(dim=2)).float()
+
+        def read(tier: DiskRows, kept: list[int], ids: Tensor) -> Tensor:
+            whole = torch.empty((len(ids), tier.num_slices, tier.hidden_size), dtype=tier.dtype)
+            tier.gather(ids, whole)
+            return whole[:, kept]
+
+        return compare(
+            lambda ids: read(one, places[0], ids),
+            lambda ids: read(other, places[1], ids),
+            names=names,
+            missing=tuple(sorted({*held[0], *held[1]} - set(names))),
+            vocab_size=first.vocab_size,
+        )
+
+
+def compare(
+    first: Callable[[Int64[Tensor, " U"]], Float[Tensor, "U P D"]],
+    second: Callable[[Int64[Tensor, " U"]], Float[Tensor, "U P D"]],
+    *,
+    names: tuple[str, ...],
+    missing: tuple[str, ...] = (),
+    vocab_size: int,
+) -> Difference:
+    """Compare all rows of two sources, of which few exist at once.
+
+    Args:
+        first: The rows of some tokens, called with every token once, in order.
+        second: Other rows of them.
+        names: What the P slices are.
+        missing: What one of them lacks.
+        vocab_size: V.
+    """
+    errors, numbers, largest = torch.zeros(3, len(names), dtype=torch.float64)
+    by_token, moved = torch.zeros(2, vocab_size, len(names))
+    width = 0
+    for start in tqdm(range(0, vocab_size, CHUNK_TOKENS), desc="comparing rows", unit="chunk", disable=None):
+        ids = torch.arange(start, min(start + CHUNK_TOKENS, vocab_size))
+        one, other = (source(ids).double() for source in (first, second))
+        width, error = one.shape[2], other - one
+        errors += error.square().sum(dim=(0, 2))
+        numbers += one.square().sum(dim=(0, 2))
+        largest = torch.maximum(largest, error.abs().amax(dim=(0, 2)))
+        moved[ids] = error.norm(dim=2).float()
+        by_token[ids] = _over(error.norm(dim=2), one.norm(dim=2)).float()
     return Difference(
         names=names,
-        missing=tuple(sorted({*held[0], *held[1]} - set(names))),
-        rms=(errors / (first.vocab_size * first.hidden_size)).sqrt().float(),
+        missing=missing,
+        rms=(errors / (vocab_size * width)).sqrt().float(),
         relative=_over(errors.sqrt(), numbers.sqrt()).float(),
         largest=largest.float(),
         by_token=by_token,
+        moved=moved,
     )
 
 

@@ -24,10 +24,13 @@ import numpy as np
 
 from flexmemory.storage import read_json
 from flexmemory.tol.codec import CODECS, get_codec
+from flexmemory.tol.edited import Edited
 from flexmemory.tol.scheme import Band, bands_from_json, bands_to_json
 
 FORMAT = "flexmemory-tol"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+"""The version of stores with edited rows; those without are written as versions that older readers know."""
+CODED_VERSION = 3
 PLAIN_VERSION = 2
 """The version of stores whose rows are numbers as they are, all alike."""
 MANIFEST = "manifest.json"
@@ -146,6 +149,8 @@ class Manifest:
     """How often tokens occur, where that was counted."""
     coded: Coded | None = None
     """How rows are coded in few bits; None where they are numbers as they are, in `codec`."""
+    edits: tuple[Edited, ...] = ()
+    """How rows were edited, the first edit first."""
 
     def __post_init__(self) -> None:
         """Reject manifests that contradict themselves."""
@@ -254,12 +259,17 @@ class Manifest:
         if self.counts is None:
             del values["counts"]
         del values["coded"]
+        version = CODED_VERSION if self.coded is not None else PLAIN_VERSION
+        if self.edits:
+            version = FORMAT_VERSION
+        else:
+            del values["edits"]
         if self.coded is None:
             for shard in values["shards"]:
                 del shard["band"]
-            return {"format": FORMAT, "format_version": PLAIN_VERSION, **values}
+            return {"format": FORMAT, "format_version": version, **values}
         coded = {**dataclasses.asdict(self.coded), "bands": bands_to_json(self.coded.bands)}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values, "coded": coded}
+        return {"format": FORMAT, "format_version": version, **values, "coded": coded}
 
 
 def shard_name(number: int) -> str:
@@ -323,12 +333,14 @@ def read_manifest(folder: Path) -> Manifest:
         values.setdefault("embedding", False)
     try:
         counts, coded = values.pop("counts", None), values.pop("coded", None)
+        edits = tuple(Edited.from_json(edit) for edit in values.pop("edits", ()))
         shards = tuple(Shard(**{**shard, "blocks": tuple(shard["blocks"])}) for shard in values.pop("shards"))
         manifest = Manifest(
             **{**values, "layers": tuple(values["layers"])},
             shards=shards,
             counts=None if counts is None else Counts(**counts),
             coded=None if coded is None else _coded(coded),
+            edits=edits,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: missing, unknown or ill-typed entry ({error})") from error

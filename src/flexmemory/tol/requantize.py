@@ -96,6 +96,7 @@ def requantize(
         manifest,
         checkpoint_fingerprint=store.manifest.checkpoint_fingerprint,
         tokenizer_fingerprint=store.manifest.tokenizer_fingerprint,
+        edits=store.manifest.edits,
     )
     write_store(out, manifest, source, scheme=scheme, counts=counts, chunk_tokens=chunk_tokens, device=device)
     return ToLStore.open(out)

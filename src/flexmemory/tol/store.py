@@ -284,8 +284,11 @@ def _load(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def _check_source(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    built_from = manifest.checkpoint_fingerprint
+    if manifest.edits and checkpoint.fingerprint == manifest.edits[-1].fingerprint:
+        built_from = checkpoint.fingerprint  # edited alike
     pairs = {
-        "checkpoint": (manifest.checkpoint_fingerprint, checkpoint.fingerprint),
+        "checkpoint": (built_from, checkpoint.fingerprint),
         "tokenizer": (manifest.tokenizer_fingerprint, checkpoint.tokenizer_fingerprint),
     }
     differing = [

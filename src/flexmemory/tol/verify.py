@@ -16,6 +16,7 @@ from flexmemory.model.transformer import Transformer
 from flexmemory.tol.build import load_for_rows
 from flexmemory.tol.codec import Codec, get_codec
 from flexmemory.tol.disk import DiskRows
+from flexmemory.tol.edited import edited_tokens
 from flexmemory.tol.format import Block
 from flexmemory.tol.store import ToLStore
 
@@ -47,7 +48,8 @@ def verify_store(
     Args:
         path: The store's folder.
         checkpoint: The model it should have been built from.
-        sample: Random rows to recompute with `checkpoint`, beside those of the first and last token.
+        sample: Random rows to recompute with `checkpoint`, beside those of the first and last token and of edited
+            tokens; the latter only with a checkpoint that was edited alike.
         seed: Which rows.
 
     Raises:
@@ -72,7 +74,13 @@ def _verify_rows(store: ToLStore, checkpoint: Checkpoint, *, sample: int, seed: 
     """Compare a sample of rows with the model; how many there were."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(store.vocab_size, generator=generator)[:sample]
-    token_ids = torch.cat((chosen, torch.tensor([0, store.vocab_size - 1]))).unique()
+    token_ids = torch.cat((chosen, torch.tensor([0, store.vocab_size - 1])))
+    edited = torch.tensor(edited_tokens(store.manifest.edits), dtype=torch.int64)
+    if checkpoint.fingerprint == store.manifest.checkpoint_fingerprint:  # it does not know of edits
+        token_ids = token_ids[~torch.isin(token_ids, edited)]
+    else:
+        token_ids = torch.cat((token_ids, edited))
+    token_ids = token_ids.unique()
     stored = torch.empty((len(token_ids), store.num_slices, store.hidden_size), dtype=store.decoded_dtype)
     with DiskRows(store) as rows:
         rows.gather(token_ids, stored)
