@@ -19,6 +19,7 @@ ALLOWED = {
     "tol": BASE | {"model"},
     "export": BASE | {"model"},
     "hub": BASE | {"model", "tol"},
+    "convert": BASE | {"model"},
     "engine": BASE | {"model", "tol"},
     "interpret": BASE | {"model", "tol"},
     "serve": BASE | {"model", "tol", "engine", "interpret", "evaluate"},

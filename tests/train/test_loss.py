@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexmemory.train.loss import head_loss, logits_loss_and_gradient, next_token_loss
+from flexmemory.train.loss import distillation, head_loss, logits_loss_and_gradient, next_token_loss
 
 
 def naive(logits, targets, *, z_loss):
@@ -103,3 +103,30 @@ def test_without_gradients_the_chunked_head_makes_none():
         (loss, entropy), next_token_loss(hidden.detach() @ weight.detach().T, targets, z_loss=0.01)
     )
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("positions", [1, 4, 100])
+def test_distillation_is_the_divergence_from_the_teacher_with_gradients(positions):
+    hidden, weight, _ = head_inputs()
+    generator = torch.Generator().manual_seed(1)
+    teacher_hidden = torch.randn(2, 5, 24, generator=generator, dtype=torch.float64)
+    teacher_weight = torch.randn(37, 24, generator=generator, dtype=torch.float64)
+    loss, divergence = head_loss(
+        hidden, weight, teacher_hidden, z_loss=0.01, share=0.5, logits_loss=distillation(teacher_weight),
+        logits_bytes=positions * len(weight) * 8,
+    )  # fmt: skip
+    own, wanted = hidden @ weight.T, (teacher_hidden @ teacher_weight.T).softmax(-1)
+    expected = (wanted * (wanted.log() - own.log_softmax(-1))).sum(-1).mean()
+    whole = 0.5 * (expected + 0.01 * own.logsumexp(-1).square().mean())
+    torch.testing.assert_close((loss, divergence), (whole, 0.5 * expected), rtol=1e-12, atol=1e-12)
+    for found, right in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(whole, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+def test_a_model_that_agrees_with_its_teacher_has_nothing_to_learn():
+    hidden, weight, _ = head_inputs()
+    loss, divergence = head_loss(hidden, weight, hidden.detach(), z_loss=0.0, logits_loss=distillation(weight.detach()))
+    assert abs(float(divergence)) < 1e-12
+    assert torch.autograd.grad(loss, hidden)[0].abs().max() < 1e-12

@@ -21,6 +21,7 @@ VERBS = {
     "prepare": "turn text into token shards",
     "train": "train a preset on prepared data",
     "plot": "compare runs: loss by tokens, time and compute",
+    "convert": "a Llama checkpoint as a dense base, a dense model as a Flex-MemoryLLM",
     "tol": "build, describe or verify token-wise lookups",
     "index": "list, for all tokens, which memory cells each uses and which use it",
     "explore": "see tokens, keys, maps and layers of a memory in a browser, and edit it",

@@ -18,8 +18,9 @@ import tyro
 
 from flexmemory.config import ModelConfig, TrainConfig
 from flexmemory.presets import get_preset
-from flexmemory.train.loop import TrainResult, read_run_config, train
+from flexmemory.train.loop import TrainResult, train
 from flexmemory.train.mixture import Mixture
+from flexmemory.train.record import read_run_config
 from flexmemory.train.track import TrackerName
 
 PROG = "flexmemory train PRESET"

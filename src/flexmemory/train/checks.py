@@ -52,6 +52,18 @@ def check_fit(model_config: ModelConfig, *, train_config: TrainConfig, dataset: 
         )
 
 
+def check_teacher(teacher: Checkpoint, *, dataset: Mixture) -> None:
+    """Refuse a teacher that reads other tokens than the data has.
+
+    Raises:
+        ValueError: the tokenizers differ.
+    """
+    if teacher.tokenizer_fingerprint != dataset.tokenizer().fingerprint:
+        raise ValueError(
+            f"the data was prepared with another tokenizer than {teacher.path} has; prepare the text with its tokenizer"
+        )
+
+
 def check_same_run(
     checkpoint: Checkpoint, *, model_config: ModelConfig, train_config: TrainConfig, dataset: Mixture
 ) -> None:

@@ -28,24 +28,24 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from flexmemory.config import ModelConfig, TrainConfig, from_dict, to_dict
+from flexmemory.config import ModelConfig, TrainConfig
 from flexmemory.device import free_memory, matmul_rate, peak_memory
 from flexmemory.model.accounting import train_flops_per_token
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.init import new_model
-from flexmemory.provenance import provenance
-from flexmemory.storage import read_json, write_json
+from flexmemory.model.transformer import Transformer
 from flexmemory.train import checkpoint as checkpoints
-from flexmemory.train.checks import check_fit, check_same_run, lost_processes_explained
+from flexmemory.train.checks import check_fit, check_same_run, check_teacher, lost_processes_explained
 from flexmemory.train.data import Batch, Prefetcher, SequentialBatches, ShuffledBatches
 from flexmemory.train.metrics import Meter, append_line, drop_after
 from flexmemory.train.mixture import Mixture
 from flexmemory.train.optimizer import Optimizer
 from flexmemory.train.parallel import World, gathered, join
 from flexmemory.train.plot import can_plot, plot_losses
+from flexmemory.train.record import write_run_config
 from flexmemory.train.sample import sample_text
 from flexmemory.train.schedule import learning_rate
-from flexmemory.train.step import choose_rows, evaluate, take_step, training_model, uses_bf16
+from flexmemory.train.step import Teacher, choose_rows, evaluate, take_step, training_model, uses_bf16
 from flexmemory.train.stop import StopSignal
 from flexmemory.train.track import Track, TrackerName, check_tracker, tracking
 
@@ -76,6 +76,8 @@ def train(
     data: str | Path | Sequence[str | Path],
     out: Path,
     resume: bool = False,
+    start: Transformer | None = None,
+    teacher: Checkpoint | None = None,
     device: str = "auto",
     track: TrackerName = "none",
     argv: Sequence[str] = (),
@@ -89,6 +91,8 @@ def train(
         out: The run's folder, made here.
         resume: Go on from the newest checkpoint of `out`. Model, data, seed, `seq_len` and `batch_tokens` must be the
             run's own; the rest of the recipe may change from here on.
+        start: The weights to begin with, of the same configuration; by default they are drawn.
+        teacher: A model whose predictions are learnt instead of the text's next tokens; validation is on the text.
         device: `cpu`, `cuda`, `cuda:1` ..., or `auto`: the GPU where there is one.
         track: Where metrics go besides the run's folder.
         argv: The command line, to be recorded.
@@ -104,6 +108,8 @@ def train(
     with join(device) as world, lost_processes_explained(out, world):
         dataset = Mixture.open(data)
         check_fit(model_config, train_config=train_config, dataset=dataset, world=world)
+        if teacher is not None:
+            check_teacher(teacher, dataset=dataset)
         checkpoint = None
         if resume:
             checkpoint = checkpoints.newest_whole(out, world=world)
@@ -111,25 +117,31 @@ def train(
         elif found := checkpoints.list_checkpoints(out):
             message = f"{out} already holds a run ({found[-1].name}); add --resume to go on, or use another --out"
             raise ValueError(message)
-        run = _Run(
-            model_config, train_config=train_config, dataset=dataset, out=out, world=world, checkpoint=checkpoint
-        )
+        model = new_model(model_config, seed=train_config.seed, device=world.device)
+        if start is not None:
+            model.load_state_dict(start.state_dict())
+        run = _Run(model, train_config=train_config, dataset=dataset, out=out, world=world, checkpoint=checkpoint)
+        if teacher is not None:
+            dtype = torch.bfloat16 if uses_bf16(train_config, world.device) else torch.float32
+            run.module.teacher = Teacher(teacher.load(device=world.device, dtype=dtype))
         if world.is_main:
-            write_json(out / "config.json", _describe(run, argv=argv))
+            write_run_config(
+                out,
+                model_config,
+                train_config=train_config,
+                argv=argv,
+                facts={
+                    "data": dataset.describe(),
+                    "device": str(world.device),
+                    "processes": world.size,
+                    "rows_per": run.module.rows_per if model_config.has_memory else None,
+                    "teacher": teacher and teacher.fingerprint,
+                    "parameters": run.num_parameters,
+                    "matmul_flops_per_s": run.matmul_rate,
+                },
+            )
         with tracking(track if world.is_main else "none", run=out, step=run.step) as run.track:
             return run.train()
-
-
-def read_run_config(out: Path) -> tuple[ModelConfig, TrainConfig, list[str]]:
-    """The configurations and the command line that the run folder `out` was last started with.
-
-    Raises:
-        FileNotFoundError: `out` is not a run folder.
-    """
-    if not (out / "config.json").is_file():
-        raise FileNotFoundError(f"{out} holds no run to resume; leave out --resume to start one")
-    values = read_json(out / "config.json")
-    return from_dict(ModelConfig, values["model"]), from_dict(TrainConfig, values["train"]), values["argv"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +158,7 @@ class _Run:
 
     def __init__(
         self,
-        model_config: ModelConfig,
+        model: Transformer,
         *,
         train_config: TrainConfig,
         dataset: Mixture,
@@ -154,7 +166,7 @@ class _Run:
         world: World,
         checkpoint: Checkpoint | None,
     ) -> None:
-        """Make the run's folder what it was at `checkpoint`, or empty, and model and optimizer likewise."""
+        """Make the run's folder what it was at `checkpoint`, or empty, and `model` and optimizer likewise."""
         self.config = train_config
         self.dataset = dataset
         self.out = out
@@ -162,7 +174,6 @@ class _Run:
         self.tokenizer = dataset.tokenizer()
         self.val_batches = _validation_batches(dataset, config=train_config)
         self.matmul_rate = matmul_rate(world.device, bf16=uses_bf16(train_config, world.device))
-        model = new_model(model_config, seed=train_config.seed, device=world.device)
         if checkpoint is not None:
             model.load_state_dict(checkpoint.load(device=world.device).state_dict())
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -380,18 +391,3 @@ def _validation_batches(dataset: Mixture, *, config: TrainConfig) -> SequentialB
         logger.warning("no validation: that split holds %d tokens, need seq_len + 1 = %d", tokens, config.seq_len + 1)
         return None
     return SequentialBatches(dataset.validation, config=config, max_tokens=config.eval_tokens)
-
-
-def _describe(run: _Run, *, argv: Sequence[str]) -> dict[str, Any]:
-    return {
-        "model": to_dict(run.module.model.config),
-        "train": to_dict(run.config),
-        "data": run.dataset.describe(),
-        "device": str(run.world.device),
-        "processes": run.world.size,
-        "rows_per": run.module.rows_per if run.module.model.config.has_memory else None,
-        "parameters": run.num_parameters,
-        "matmul_flops_per_s": run.matmul_rate,
-        "argv": list(argv),
-        "provenance": provenance(),
-    }

@@ -37,7 +37,7 @@ def next_token_loss(
 def head_loss(
     hidden: Float[Tensor, "B T D"],
     weight: Float[Tensor, "V D"],
-    targets: Int[Tensor, "B T"],
+    targets: Int[Tensor, "B T"] | Float[Tensor, "B T teacher"],
     *,
     z_loss: float,
     share: float = 1.0,
@@ -49,7 +49,7 @@ def head_loss(
     Args:
         hidden: What the head reads.
         weight: The head's matrix.
-        targets: The next token of each position.
+        targets: The next token of each position, or what else `logits_loss` compares logits with.
         z_loss: Weight of the squared log-partition.
         share: A factor, here because gradients are rounded to the dtype of `hidden` after it and not before.
         logits_loss: `logits_loss_and_gradient`, or a faster form of it, which may write over the logits.
@@ -57,7 +57,7 @@ def head_loss(
     """
     chunk = max(1, logits_bytes // (weight.shape[0] * weight.element_size()))
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    arguments = (targets.flatten(), z_loss, share, chunk, logits_loss or logits_loss_and_gradient, needs_gradient)
+    arguments = (targets.flatten(0, 1), z_loss, share, chunk, logits_loss or logits_loss_and_gradient, needs_gradient)
     return _HeadLoss.apply(hidden.flatten(0, 1), weight, *arguments)
 
 
@@ -75,6 +75,28 @@ def logits_loss_and_gradient(
     chances = (wide - log_partition).exp()
     gradient = (chances * (1 + 2 * z_loss * log_partition) - is_target.to(wide.dtype)) * scale
     return torch.stack(((log_partition - chosen).sum(), log_partition.square().sum())), gradient.to(logits.dtype)
+
+
+def distillation(teacher_weight: Float[Tensor, "V teacher"]) -> LogitsLoss:
+    """A loss for `head_loss` whose targets are a teacher's hidden states: the divergence from its predictions.
+
+    What is minimised is KL(teacher || model), so the "cross entropy" that comes back is that divergence: 0 where both
+    agree.
+    """
+
+    def loss_and_gradient(
+        logits: Float[Tensor, "N V"], hidden: Float[Tensor, "N teacher"], z_loss: float, scale: Float[Tensor, ""]
+    ) -> tuple[Float[Tensor, " 2"], Float[Tensor, "N V"]]:
+        wide = logits.to(scale.dtype)
+        log_partition = wide.logsumexp(dim=-1, keepdim=True)  # (N, 1)
+        own = wide - log_partition
+        wanted = (hidden @ teacher_weight.T).to(scale.dtype).log_softmax(dim=-1)
+        chances = wanted.exp()
+        gradient = (own.exp() * (1 + 2 * z_loss * log_partition) - chances) * scale
+        divergence = (chances * (wanted - own)).sum()
+        return torch.stack((divergence, log_partition.square().sum())), gradient.to(logits.dtype)
+
+    return loss_and_gradient
 
 
 class _HeadLoss(torch.autograd.Function):

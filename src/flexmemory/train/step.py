@@ -22,7 +22,7 @@ from flexmemory.model.memory import Rows
 from flexmemory.model.transformer import MemoryBlock, Transformer
 from flexmemory.train.cost import rows_job_pays
 from flexmemory.train.data import Batch
-from flexmemory.train.loss import LogitsLoss, head_loss, logits_loss_and_gradient
+from flexmemory.train.loss import LogitsLoss, distillation, head_loss, logits_loss_and_gradient
 from flexmemory.train.optimizer import Optimizer
 from flexmemory.train.parallel import RowExchange, World, exchange_rate, set_last_backward, spread
 from flexmemory.train.phases import Phases
@@ -40,6 +40,20 @@ KEPT_ROWS = 1.25
 logger = logging.getLogger(__name__)
 
 
+class Teacher:
+    """A model to learn from: not a part of what is trained."""
+
+    def __init__(self, model: Transformer) -> None:
+        """Learn from `model`, which is on the device and in the dtype of the run's computing."""
+        self._model = model.requires_grad_(False)
+        self.loss: LogitsLoss = distillation(model.head.weight)
+
+    @torch.no_grad()
+    def targets(self, token_ids: Tensor) -> Tensor:
+        """What its head reads at each position, for `loss`."""
+        return self._model.hidden_states(token_ids)
+
+
 class TrainingModel(nn.Module):
     """A model and its loss: what is compiled, spread over processes, and called in a step."""
 
@@ -51,6 +65,8 @@ class TrainingModel(nn.Module):
         self.world = world
         self.phases = Phases(world.device)
         self.logits_loss: LogitsLoss = logits_loss_and_gradient
+        self.teacher: Teacher | None = None
+        """Whose predictions are learnt instead of the text's next tokens."""
         self.rows_per = config.rows_per
         """What rows are computed once per; `auto` counts as the step until `choose_rows` has chosen."""
         self.kept_layers = model.config.num_layers
@@ -88,17 +104,23 @@ class TrainingModel(nn.Module):
             return TrainedRows(self.compute_rows, unique_ids, num_unique=batch.num_unique, exchange=exchange)
 
     def forward(self, batch: Batch, rows: Rows | None, share: float = 1.0) -> tuple[Tensor, Tensor]:
-        """`share` times the loss to minimise, and `share` times the cross entropy in it."""
+        """`share` times the loss to minimise, and `share` times the cross entropy in it.
+
+        With a teacher, where gradients are wanted, both are the divergence from it.
+        """
+        targets, logits_loss = batch.targets, self.logits_loss
         with sdpa_kernel(ATTENTION, set_priority=True):
             hidden = self.model.hidden_states(batch.token_ids, rows)
+            if self.teacher is not None and torch.is_grad_enabled():
+                targets, logits_loss = self.teacher.targets(batch.token_ids), self.teacher.loss
         with self.phases.phase("head"):
             return head_loss(
                 hidden,
                 self.model.head.weight,
-                batch.targets,
+                targets,
                 z_loss=self.config.z_loss,
                 share=share,
-                logits_loss=self.logits_loss,
+                logits_loss=logits_loss,
             )
 
 
