@@ -74,7 +74,9 @@ def run(args: argparse.Namespace, name: str) -> None:
     if how in ("distilled", "text"):
         teacher = Checkpoint.open(args.work / "base-long")
         begun, _ = convert(
-            teacher.load(device=args.device), windows(args, length=model.max_seq_len), flex_ratio=RATIOS[architecture]
+            teacher.load(device=args.device, dtype=torch.float32),
+            windows(args, length=model.max_seq_len),
+            flex_ratio=RATIOS[architecture],
         )
         assert begun.config == model, "conversion makes the preset's shape"
     tokens = args.long_tokens if how == "long" else args.short_tokens

@@ -1,8 +1,9 @@
-"""Write the README's tables from the committed results; `--check` only says whether they agree."""
+"""Write the tables of the README and of documents from the committed results; `--check` only compares them."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -179,33 +180,92 @@ def frontier_table(results: dict) -> str:
     return "\n".join([*lines, "", f"{text}; {where['gpu']}, torch {where['torch']}, commit {where['commit']}."])
 
 
-def render(text: str) -> str:
-    """`text` with every section made anew of which there are results."""
-    tables = {
+def convert_table(results: dict) -> str:
+    """Perplexities of converted models and of those beside them."""
+    kinds = {"memory": "MemoryLLM", "flex3": "Flex-3"}
+    rows = {
+        "right after conversion": [math.exp(results["untrained"][kind]["converted"]) for kind in kinds],
+        "the same, keys as they were": [math.exp(results["untrained"][kind]["copied"]) for kind in kinds],
+    }
+    long, short = (f"{results[name] / 1e6:.1f}M tokens" for name in ("long_tokens", "short_tokens"))
+    names = {
+        "distilled": f"converted, {short} by the teacher",
+        "text": f"converted, {short} of text",
+        "drawn": f"from scratch, {short}",
+        "long": f"from scratch, {long}",
+    }
+    rows |= {name: [results["val_ppl"][f"{kind}-{how}"] for kind in kinds] for how, name in names.items()}
+    lines = [f"| | {' | '.join(kinds.values())} |", "|---|---:|---:|"]
+    lines += [f"| {name} | {' | '.join(f'{ppl:,.1f}' for ppl in values)} |" for name, values in rows.items()]
+    explained = ", ".join(f"{100 * share:.0f}" for share in results["untrained"]["explained"])
+    where = results["provenance"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The dense model: {results['val_ppl']['base-long']:.1f}. Explained by the token of what each layer's FFN "
+            f"reads: {explained} %. {where['gpu']}, torch {where['torch']}, commit {where['commit']}.",
+        ]
+    )
+
+
+def index_table(results: dict) -> str:
+    """How long an index takes to build, and what it takes."""
+    steps = results["steps_s"]
+    layers = sum(seconds for name, seconds in steps.items() if name.startswith("layer "))
+    rows = {
+        "whole build, s": results["build_s"],
+        "of it the lists of all layers, s": layers,
+        "nearest tokens by c and by embedding, s": steps["neighbors"] + steps["embedding neighbors"],
+        "matrix products of all alone, at the measured fp32 rate, s": results["products_bound_s"],
+        "size, MB": results["bytes"] / 1e6,
+        "largest device memory, fp32 weights included, GB": max(results["peak_device_bytes"].values()) / 1e9,
+    }
+    where = results["provenance"]
+    lines = [
+        f"| {results['preset']} | |",
+        "|---|---:|",
+        *(f"| {name} | {value:,.1f} |" for name, value in rows.items()),
+    ]
+    return "\n".join([*lines, "", f"{where['gpu']}, torch {where['torch']}, commit {where['commit']}."])
+
+
+DOCUMENTS: dict[str, dict[str, Callable[[dict], str]]] = {
+    "README.md": {
         "demo": demo_table,
         "train": train_table,
         "decode": decode_table,
         "decode_cpu": decode_cpu_table,
         "tol_frontier_mini-memory": frontier_table,
-    }
-    for name, table in tables.items():
+    },
+    "docs/converting.md": {"convert": convert_table},
+    "docs/index-format.md": {"index": index_table},
+}
+
+
+def render(text: str, document: str = "README.md") -> str:
+    """`text` with every section of `document` made anew of which there are results."""
+    for name, table in DOCUMENTS[document].items():
         path = RESULTS / f"{name}.json"
         content = table(json.loads(path.read_text())) if path.exists() else "Not measured yet."
         pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda match, new=content: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
-        assert count == 1, f"README.md has {count} sections {name!r}"
+        assert count == 1, f"{document} has {count} sections {name!r}"
     return text
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = render(before)
-    if "--check" in sys.argv:
-        print("README.md agrees with benchmarks/results" if before == after else "README.md is not up to date")
-        return int(before != after)
-    readme.write_text(after)
-    return 0
+    stale = 0
+    for document in DOCUMENTS:
+        path = ROOT / document
+        before = path.read_text()
+        after = render(before, document)
+        if "--check" in sys.argv:
+            print(f"{document} {'agrees with' if before == after else 'is not up to date with'} benchmarks/results")
+            stale |= before != after
+        else:
+            path.write_text(after)
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from flexmemory.cli.tol_plan import draw_windows
@@ -63,7 +64,9 @@ def flex(
     """
     dense = Checkpoint.open(checkpoint)
     windows = draw_windows(data, dense, split="train", tokens=calibration_tokens, seed=recipe.seed)
-    converted, fits = convert(dense.load(device=resolve_device(device)), windows[:, :-1], flex_ratio=flex_ratio)
+    converted, fits = convert(
+        dense.load(device=resolve_device(device), dtype=torch.float32), windows[:, :-1], flex_ratio=flex_ratio
+    )
     for layer, fit in enumerate(fits):
         logger.info("layer %d: the token explains %.0f %% of what its FFN reads", layer, 100 * fit.explained)
     length = min(recipe.seq_len, dense.config.max_seq_len)
