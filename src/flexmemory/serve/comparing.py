@@ -5,21 +5,20 @@ Dimension key: V vocabulary, L layers of the index, D model width.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
+from flexmemory.interpret.difference import memory_difference
 from flexmemory.interpret.patch import Patch, check_base
 from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.serve.editing import Bench
 from flexmemory.serve.fields import Fields
 from flexmemory.serve.records import rounded
+from flexmemory.tol.diff import Difference
 
 EDITS = "edits applied here"
 """The name of the bench's model."""
@@ -30,31 +29,8 @@ MOVED = 0.01
 """A row is counted that moved by more than this share of its length."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Difference:
-    """How far rows are apart."""
-
-    moved: Float[Tensor, "V L"]
-    """Lengths of the differences."""
-    before: Float[Tensor, "V L"]
-    """Lengths of the rows of the first."""
-    same: Bool[Tensor, "V L"]
-    """Whether rows are equal bit for bit."""
-
-
-@torch.no_grad()
-def difference(first: TokenMemory, second: TokenMemory, *, layers: Sequence[int]) -> Difference:
-    """How far the rows of two models of one vocabulary are apart, for every token."""
-    moved, before = torch.zeros(2, first.vocab_size, len(layers))
-    same = torch.zeros(first.vocab_size, len(layers), dtype=torch.bool)
-    for ids in first.vocabulary_chunks():
-        for place, layer in enumerate(layers):
-            ours, theirs = first.rows(ids, layer=layer), second.rows(ids, layer=layer)
-            chunk = ids.cpu()
-            moved[chunk, place] = (theirs.float() - ours.float()).norm(dim=1).cpu()
-            before[chunk, place] = ours.float().norm(dim=1).cpu()
-            same[chunk, place] = (theirs == ours).all(dim=1).cpu()
-    return Difference(moved, before, same)
+LARGEST_SHARE = 1e6
+"""What is told of a row that was nothing and is something."""
 
 
 class Comparison:
@@ -95,12 +71,12 @@ class Comparison:
         with self._bench.live.lock:
             name = fields.text("with")
             memory = self._memory(name)
-            found = self._found.get(name) or difference(self._base, memory, layers=self._layers)
+            found = self._found.get(name) or memory_difference(self._base, memory)
             if name != EDITS:
                 self._found[name] = found
-        share = found.moved / found.before.clamp(min=1e-30)
         mask = self._bench.live.mask
-        kept = share.masked_fill(~mask[:, None], 0)
+        places = [found.names.index(f"layer {layer}") for layer in self._layers]
+        kept = found.by_token[:, places].clamp(max=LARGEST_SHARE).masked_fill(~mask[:, None], 0)  # (V, L)
         worst = kept.amax(1).topk(min(MOST_CHANGED, len(kept)))
         tokens = [
             [t, *rounded([size]), self._layers[int(kept[t].argmax())]]
@@ -111,14 +87,12 @@ class Comparison:
             "layers": [
                 {
                     "layer": layer,
-                    "relative": rounded(
-                        [float(found.moved[mask, p].square().sum() / found.before[mask, p].square().sum()) ** 0.5]
-                    )[0],
+                    "relative": rounded([float(found.relative[place])])[0],
                     "largest": rounded([float(kept[:, p].max())])[0],
                     "moved": int((kept[:, p] > MOVED).sum()),
-                    "different": int((~found.same[mask, p]).sum()),
+                    "different": int((kept[:, p] > 0).sum()),
                 }
-                for p, layer in enumerate(self._layers)
+                for p, (layer, place) in enumerate(zip(self._layers, places, strict=True))
             ],
             "tokens": tokens,
             "changed": int((kept.amax(1) > 0).sum()),

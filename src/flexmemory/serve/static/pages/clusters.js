@@ -67,7 +67,8 @@ export async function draw(box, [layerName, label], params) {
       h(
         "p",
         {},
-        "K-means of the coefficients c(t): tokens that use the same keys. Cohesion is the mean cosine of members with the middle; a shared mean alone makes it high, so compare clusters, not layers.",
+        "K-means of the coefficients c(t): tokens that use the same keys. " +
+          "Cohesion is the mean cosine of members with the middle; a shared mean alone makes it high, so compare clusters, not layers.",
       ),
       h(
         "span",

@@ -275,7 +275,8 @@ export async function draw(box, _, params) {
         h(
           "p",
           { class: "limits" },
-          "An edit is of a token, in all its contexts: not of a person or place. Words of several tokens share them with other words. Claims hold for the rows; what attention makes of a changed row at later positions is in the text that the model goes on with, not in the report.",
+          "An edit is of a token, in all its contexts: not of a person or place. " +
+            "Words of several tokens share them with other words. Claims hold for the rows; what attention makes of a changed row at later positions is in the text that the model goes on with, not in the report.",
         ),
       ),
       result,
