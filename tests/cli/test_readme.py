@@ -14,7 +14,7 @@ from tests.cli.conftest import REPOSITORY, readme_blocks, run
 
 def test_every_command_says_something(walkthrough):
     assert {command.split()[1] for command in walkthrough.outputs} == {
-        "info", "prepare", "train", "plot", "tol", "generate", "eval", "index", "edit",
+        "info", "prepare", "train", "plot", "tol", "generate", "eval", "index", "explore", "edit",
     }  # fmt: skip
     assert all(output.strip() for output in walkthrough.outputs.values())
 
