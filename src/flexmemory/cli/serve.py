@@ -67,6 +67,7 @@ def run(
         from flexmemory.serve import server
         from flexmemory.serve.api import Served
         from flexmemory.serve.chat import ChatTemplate
+        from flexmemory.serve.listening import listen
         from flexmemory.serve.scheduler import Scheduler
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is missing: pip install 'flexmemory[serve]'") from error
@@ -75,7 +76,7 @@ def run(
     template = ChatTemplate.load(opened.path, tokenizer)
     api_key = None if api_key_file is None else server.read_key(api_key_file)
     length = limits.max_tokens or opened.config.max_seq_len
-    with server.listen(host, port) as listening:
+    with listen(host, port) as listening:
         loaded = options.load(opened, sequences=limits.max_sequences, length=length)
         engine = loaded.engine(max_sequences=limits.max_sequences, max_length=length)
         served = Served(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import socket
 import threading
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +37,7 @@ from flexmemory.serve.comparing import Comparison
 from flexmemory.serve.editing import Bench
 from flexmemory.serve.fields import Fields
 from flexmemory.serve.guard import LOOPBACK, Guard, refused
+from flexmemory.serve.listening import address, listen
 from flexmemory.serve.live import LiveModel
 from flexmemory.serve.records import Records, to_json
 
@@ -169,16 +169,9 @@ def serve(app: ASGIApp, *, host: str, port: int, open_browser: bool) -> None:
     Raises:
         OSError: the port is taken.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            raise OSError(f"cannot listen at {host} port {port} ({error.strerror}); choose another --port") from error
-        shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{listening.getsockname()[1]}/"
-        logger.info("explorer at %s (Ctrl+C ends it)", address)
+    with listen(host, port) as listening:
+        page = f"{address(listening)}/"
+        logger.info("explorer at %s (Ctrl+C ends it)", page)
         if open_browser:
-            threading.Timer(0.5, webbrowser.open, [address]).start()
+            threading.Timer(0.5, webbrowser.open, [page]).start()
         uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)).run(sockets=[listening])

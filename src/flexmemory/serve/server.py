@@ -1,4 +1,4 @@
-"""Listening, and stopping gracefully."""
+"""Serving until a signal, and stopping gracefully."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import uvicorn
 
 from flexmemory.serve.api import Served, create_app
 from flexmemory.serve.guard import LOOPBACK
+from flexmemory.serve.listening import address
 from flexmemory.serve.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -38,22 +39,6 @@ def read_key(path: Path) -> str:
     return key
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address; port 0 takes a free one.
-
-    Raises:
-        OSError: the port is taken, or the address is none of this machine's.
-    """
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise OSError(f"cannot listen at {host} port {port} ({error.strerror}); choose another --port") from error
-    return listening
-
-
 def serve(
     served: Served,
     scheduler: Scheduler,
@@ -68,8 +53,7 @@ def serve(
     Returns:
         Whether it was a signal that ended it, not a failure of the engine.
     """
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+    host = listening.getsockname()[0]
     if host not in LOOPBACK:
         logger.warning(
             "warning: reachable from other machines, unencrypted%s; docs/serving.md says what to put before it",
@@ -84,7 +68,7 @@ def serve(
     def on_start() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop)
-        logger.info("%s is served at http://%s:%d/v1 (Ctrl+C ends it)", served.name, shown, port)
+        logger.info("%s is served at %s/v1 (Ctrl+C ends it)", served.name, address(listening))
 
     hosts: Iterable[str] | None = LOOPBACK if host in LOOPBACK else None
     scheduler.on_failure = stop

@@ -22,8 +22,8 @@ from flexmemory.model.checkpoint import Checkpoint, save_checkpoint
 from flexmemory.serve.api import Served, create_app
 from flexmemory.serve.chat import ChatTemplate
 from flexmemory.serve.guard import LOOPBACK
+from flexmemory.serve.listening import listen
 from flexmemory.serve.scheduler import Scheduler
-from flexmemory.serve.server import listen
 from flexmemory.storage import atomic_folder
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.tol.build import build_store

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import gc
 import json
 import os
 import socket
@@ -10,9 +11,11 @@ import threading
 import openai
 import pytest
 
+from flexmemory.engine.engine import Request
 from flexmemory.serve import guard
 from flexmemory.serve.errors import ApiError
 from flexmemory.serve.parameters import Parameters, completion_prompts, wanted
+from flexmemory.serve.scheduler import Job
 from flexmemory.tol.disk import DiskRows
 from tests.serve.api.conftest import NAME, run_server
 
@@ -291,3 +294,18 @@ def test_metrics_add_up(checkpoint):
         assert server.metric('request_seconds_bucket{le="+Inf"}') == server.metric("request_seconds_count") == 3
         assert server.metric("running_sequences") == server.metric("waiting_sequences") == 0
         assert server.http.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_nothing_is_kept_of_requests_that_have_ended(checkpoint):
+    with run_server(checkpoint) as server:
+        for stream in (True, False):
+            assert server.ask(max_tokens=3, n=2, logprobs=1, stream=stream).status_code == 200
+        server.ask(max_tokens=0)
+        server.wait(lambda: server.scheduler.live == 0 and not server.engine.busy)
+        server.http.get("/health")
+
+        def kept():
+            gc.collect()
+            return [each for each in gc.get_objects() if type(each) in (Job, Request)]
+
+        server.wait(lambda: not kept())

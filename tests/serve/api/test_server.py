@@ -15,7 +15,8 @@ import openai
 import pytest
 
 from flexmemory.cli import main
-from flexmemory.serve.server import listen, read_key
+from flexmemory.serve.listening import listen
+from flexmemory.serve.server import read_key
 
 REPOSITORY = Path(__file__).parents[3]
 # One engine step a hundredth of a second: a request of 150 tokens lasts long enough to be stopped in between.
