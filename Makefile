@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/flexmemory demo --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(BIN)/python -m pytest -q -o addopts= -m "compile and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -o addopts= -m interpreted tests/engine tests/train
 
