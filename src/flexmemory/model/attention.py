@@ -6,6 +6,8 @@ D model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -35,6 +37,11 @@ def rotate(x: Float[Tensor, "B T H E"], rotary: Float[Tensor, "2 *B T E"]) -> Fl
     return (x * cosines + torch.cat((-second, first), dim=-1) * sines).to(x.dtype)
 
 
+AttentionFunction = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
+"""What stands between the projections, who sees whom included: of the module, queries (B, H, T, E), and keys and values
+(B, G, S, E), to (B, T, H, E)."""
+
+
 class Attention(nn.Module):
     """Multi-head or grouped-query attention; queries, keys and values come from one fused projection."""
 
@@ -55,8 +62,9 @@ class Attention(nn.Module):
         rotary: Float[Tensor, "2 *B T E"],
         mask: Bool[Tensor, "... T S"] | None = None,
         kv_cache: KVCacheLike | None = None,
+        function: AttentionFunction | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Attend to this and earlier tokens; without a `mask`, to all of them."""
+        """Attend to this and earlier tokens; without a `mask`, to all of them; or as `function` does."""
         batch, length, _ = x.shape
         # Heads of a position side by side in memory, from the projection to the output: nothing is copied to reorder.
         heads = self.qkv(x).view(batch, length, -1, self.head_size)  # (B, T, H+2G, E)
@@ -65,6 +73,8 @@ class Attention(nn.Module):
         value = heads[:, :, -self.num_kv_heads :].transpose(1, 2)  # (B, G, T, E)
         if kv_cache is not None:
             key, value = kv_cache.update(key, value, self.layer)  # (B, G, S, E)
+        if function is not None:
+            return self.output(function(self, query, key, value).reshape(batch, length, -1))
         attended = F.scaled_dot_product_attention(
             query,
             key,

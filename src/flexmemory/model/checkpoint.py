@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 ROWS = "rows.safetensors"
 """Tensors `ids.L` [N] int64 and `rows.L` [N, D] for each layer L in which rows are given."""
+KEYS_OF_TRANSFORMERS = {
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+}
+"""What transformers adds to config.json (`flexmemory.hf`); nothing of it changes the model."""
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -72,9 +84,11 @@ def write_checkpoint(
     seal(folder, tokenizer)
 
 
-def seal(folder: Path, tokenizer: Tokenizer | None) -> None:
-    """Write `manifest.json` over all files of `folder`."""
+def seal(folder: Path, tokenizer: Tokenizer | None, *, names: Collection[str] | None = None) -> None:
+    """Write `manifest.json` over all files of `folder`, or those of them that are among `names`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if names is not None:
+        files = [path for path in files if path.relative_to(folder).as_posix() in names]
     entries = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in files
@@ -140,9 +154,10 @@ class Checkpoint:
         values = read_json(folder / "config.json")
         if values.pop("model_type", None) != MODEL_TYPE:
             raise ValueError(f"{folder}/config.json is not of model_type {MODEL_TYPE!r}")
+        ours = {key: value for key, value in values.items() if key not in KEYS_OF_TRANSFORMERS}
         return cls(
             folder,
-            from_dict(ModelConfig, values),
+            from_dict(ModelConfig, ours),
             manifest["fingerprint"],
             manifest["tokenizer_fingerprint"],
             tuple(edit["base"] for edit in manifest.get("edits", [])),

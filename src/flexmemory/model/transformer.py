@@ -7,12 +7,14 @@ Dimension key: B batch, T tokens, U unique ids, L layers, D model width, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flexmemory.config import ModelConfig
-from flexmemory.model.attention import Attention, rotary_table
+from flexmemory.model.attention import Attention, AttentionFunction, rotary_table
 from flexmemory.model.ffn import SwiGLU, ffn_c
 from flexmemory.model.kv_cache import KVCacheLike
 from flexmemory.model.memory import LayerMemory, MemoryRows, Rows, empty_embedding, unique_ids
@@ -33,9 +35,10 @@ class Block(nn.Module):
         rotary: Float[Tensor, "2 *B T E"],
         mask: Bool[Tensor, "... T S"] | None,
         kv_cache: KVCacheLike | None,
+        attention: AttentionFunction | None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after attention."""
-        return x + self.attention(self.attention_norm(x), rotary, mask, kv_cache)
+        return x + self.attention(self.attention_norm(x), rotary, mask, kv_cache, attention)
 
 
 class DenseBlock(Block):
@@ -54,9 +57,10 @@ class DenseBlock(Block):
         rotary: Float[Tensor, "2 *B T E"],
         mask: Bool[Tensor, "... T S"] | None = None,
         kv_cache: KVCacheLike | None = None,
+        attention: AttentionFunction | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Ignores `row`: a dense layer has no memory."""
-        y = self.attend(x, rotary, mask, kv_cache)
+        y = self.attend(x, rotary, mask, kv_cache, attention)
         return y + self.ffn(self.ffn_norm(y))
 
 
@@ -75,9 +79,10 @@ class MemoryBlock(Block):
         rotary: Float[Tensor, "2 *B T E"],
         mask: Bool[Tensor, "... T S"] | None = None,
         kv_cache: KVCacheLike | None = None,
+        attention: AttentionFunction | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend, then add the row."""
-        y = self.attend(x, rotary, mask, kv_cache)
+        y = self.attend(x, rotary, mask, kv_cache, attention)
         return y if row is None else y + row
 
 
@@ -97,12 +102,16 @@ class FlexBlock(MemoryBlock):
         rotary: Float[Tensor, "2 *B T E"],
         mask: Bool[Tensor, "... T S"] | None = None,
         kv_cache: KVCacheLike | None = None,
+        attention: AttentionFunction | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend, then add FFN-C's output and the row."""
-        y = self.attend(x, rotary, mask, kv_cache)
+        y = self.attend(x, rotary, mask, kv_cache, attention)
         out = y + self.ffn_c(self.ffn_norm(y))
         return out if row is None else out + row
 
+
+BlockRunner = Callable[..., Tensor]
+"""Calls a block, its first argument, with the others: `torch.utils.checkpoint.checkpoint`, for one."""
 
 _BLOCKS: dict[str, type[DenseBlock | MemoryBlock | FlexBlock]] = {
     "dense": DenseBlock,
@@ -206,18 +215,29 @@ class Transformer(nn.Module):
         rows: Rows | None = None,
         kv_cache: KVCacheLike | None = None,
         positions: Int[Tensor, "B T"] | None = None,
+        *,
+        attention: AttentionFunction | None = None,
+        run: BlockRunner | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """The normed residual stream that the head reads; arguments as for `forward`."""
-        start = 0 if kv_cache is None else kv_cache.get_seq_length()
-        self._check(token_ids, start)
+        """The normed residual stream that the head reads; arguments as for `forward`, and two for a host of the model.
+
+        `attention` computes attention in place of PyTorch's causal one. It decides who is seen, so it comes with
+        `positions`, and no length is checked: sequences may lie behind one another. `run` calls each block.
+        """
+        length, start = token_ids.shape[1], 0
+        if attention is None:
+            start = 0 if kv_cache is None else kv_cache.get_seq_length()
+            self._check_length(start + length)
+        elif positions is None:
+            raise ValueError("an attention function comes with the positions (B, T) of the tokens, got none")
+        self._check_ids(token_ids)
         if rows is None and self.config.has_memory:
             rows = self.rows(token_ids)
         x = None if rows is None else rows.embeddings()
         if x is None:
             x = self.embed(token_ids)  # (B, T, D)
-        length = token_ids.shape[1]
         mask = None
-        if positions is not None:
+        if attention is None and positions is not None:
             seen = torch.arange(start + length, device=x.device) <= positions[..., None]  # (B, T, S)
             mask = seen[:, None]  # (B, 1, T, S)
         elif start > 0 and length > 1:
@@ -230,7 +250,10 @@ class Transformer(nn.Module):
         )
         for layer, block in enumerate(self.blocks):
             row = None if rows is None else rows.layer(layer)
-            x = block(x, row, rotary, mask, kv_cache)
+            if run is None:
+                x = block(x, row, rotary, mask, kv_cache, attention)
+            else:
+                x = run(block, x, row, rotary, mask, kv_cache, attention)
         return self.norm(x)
 
     def forward(
@@ -255,10 +278,11 @@ class Transformer(nn.Module):
         """
         return self.head(self.hidden_states(token_ids, rows, kv_cache, positions))
 
-    def _check(self, token_ids: Tensor, start: int) -> None:
-        stop = start + token_ids.shape[1]
-        if stop > self.config.max_seq_len:
-            raise ValueError(f"sequence of {stop} tokens is longer than the model's {self.config.max_seq_len}")
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_seq_len:
+            raise ValueError(f"sequence of {length} tokens is longer than the model's {self.config.max_seq_len}")
+
+    def _check_ids(self, token_ids: Tensor) -> None:
         if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             check_token_ids(token_ids, self.config.vocab_size)
 
