@@ -1,4 +1,4 @@
-"""Imports run one way: config <- model <- {train, tol}; tol <- engine <- evaluate; interpret <- serve."""
+"""Imports run one way: config <- model <- {train, tol}; tol <- engine <- evaluate; interpret <- serve; engine <- hf."""
 
 import ast
 from pathlib import Path
@@ -24,6 +24,7 @@ ALLOWED = {
     "interpret": BASE | {"model", "tol"},
     "serve": BASE | {"model", "tol", "engine", "interpret", "evaluate"},
     "evaluate": BASE | {"model", "tol", "engine", "interpret"},
+    "hf": BASE | {"model", "tol", "engine"},
 }
 EVERYTHING = {"cli", "__main__"}
 

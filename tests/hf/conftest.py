@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
-from flexmemory.config import ModelConfig
-from flexmemory.hf import FlexMemoryConfig, FlexMemoryForCausalLM
+from flexmemory.config import ModelConfig, to_dict
+from flexmemory.hf import FlexMemoryConfig
 from flexmemory.model.checkpoint import save_checkpoint
 from flexmemory.tokenizer import Tokenizer
 from tests.conftest import VARIED, random_model
@@ -32,15 +34,20 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def load(checkpoint: Callable[..., Path]) -> Callable[..., FlexMemoryForCausalLM]:
+def load(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
     """`load(name)`: that model, by transformers."""
 
-    def read(name: str, *, dtype: torch.dtype = torch.float32, **options: object) -> FlexMemoryForCausalLM:
-        return FlexMemoryForCausalLM.from_pretrained(checkpoint(name, dtype=dtype), **options)
+    def read(name: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+        return opened(checkpoint(name, dtype=dtype), **options)
 
     return read
 
 
-def config_of(model: ModelConfig, **changes: object) -> FlexMemoryConfig:
+def opened(folder: str | Path, **options: Any) -> Any:
+    """The causal language model of a folder, as users open it, untyped as they use it."""
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def config_of(model: ModelConfig, **changes: Any) -> FlexMemoryConfig:
     """The configuration of a core model, with changes."""
-    return FlexMemoryConfig(**{name: getattr(model, name) for name in model.__dataclass_fields__} | changes)
+    return FlexMemoryConfig(**(to_dict(model) | changes))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, StaticCache
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, StaticCache
 
 from flexmemory.engine.reference import generate as reference
 from flexmemory.model.checkpoint import Checkpoint
-from tests.hf.conftest import MINI
+from tests.hf.conftest import MINI, opened
 
 NAMES = ["nano-base", "nano-memory", "nano-flex3", "grouped-query"]
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -16,7 +16,7 @@ GREEDY = {"do_sample": False, "pad_token_id": 0}
 def test_greedy_tokens_are_the_reference_loops(checkpoint, tokens, name):
     folder, prompt = checkpoint(name), tokens(1, 9)
     expected = list(reference(Checkpoint.open(folder).load(), prompt[0].tolist(), max_new_tokens=12))
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = opened(folder)
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
         found = model.generate(prompt, max_new_tokens=12, **GREEDY, **options)
         assert found[0, 9:].tolist() == expected, options
@@ -56,7 +56,9 @@ def test_a_padded_batch_generates_what_each_prompt_does(load, tokens, cache):
 def test_a_cache_gives_the_logits_of_the_whole(load, tokens, kind):
     model, ids = load("grouped-query"), tokens(2, 16)
     whole = model(ids).logits
-    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=20)
+    cache = (
+        DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=20)
+    )
     parts = [
         model(ids[:, start:stop], past_key_values=cache, cache_position=torch.arange(start, stop)).logits
         for start, stop in ((0, 7), (7, 8), (8, 13), (13, 16))
@@ -79,8 +81,8 @@ def test_beams_are_those_of_a_search_without_cache(load, tokens):
 
 
 def test_an_assistant_changes_no_token():
-    model = AutoModelForCausalLM.from_pretrained(MINI / "mini-flex3", dtype=torch.float32)
-    assistant = AutoModelForCausalLM.from_pretrained(MINI / "mini-memory", dtype=torch.float32)
+    model = opened(MINI / "mini-flex3", dtype=torch.float32)
+    assistant = opened(MINI / "mini-memory", dtype=torch.float32)
     prompt = AutoTokenizer.from_pretrained(MINI / "mini-flex3")("The capital of the country", return_tensors="pt")
     plain = model.generate(**prompt, max_new_tokens=8, **GREEDY)
     assert torch.equal(model.generate(**prompt, assistant_model=assistant, max_new_tokens=8, **GREEDY), plain)

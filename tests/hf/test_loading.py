@@ -1,4 +1,4 @@
-"""Folders of this package are transformers', and the other way round: weights, dtypes, shards, devices, configuration."""
+"""Folders of this package are transformers', and the other way round: weights, dtypes, shards, devices, settings."""
 
 import dataclasses
 import json
@@ -15,14 +15,14 @@ from flexmemory.hf import FlexMemoryConfig, FlexMemoryForCausalLM, FlexMemoryMod
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.init import INIT_STD
 from tests.conftest import NANO, VARIED
-from tests.hf.conftest import MINI, config_of
+from tests.hf.conftest import MINI, config_of, opened
 
 
 @pytest.mark.parametrize("name", VARIED)
 def test_a_checkpoint_opens_as_it_is_and_is_saved_as_one(checkpoint, tokens, tmp_path, name):
     folder, ids = checkpoint(name), tokens(2, 13)
     expected = Checkpoint.open(folder).load()(ids)
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, report = opened(folder, output_loading_info=True)
     assert type(model) is FlexMemoryForCausalLM
     assert not any(report.values()), report
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
@@ -31,13 +31,13 @@ def test_a_checkpoint_opens_as_it_is_and_is_saved_as_one(checkpoint, tokens, tmp
     again.verify()
     assert again.config == VARIED[name]
     assert torch.equal(again.load()(ids), expected)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, model(ids).logits)
+    assert torch.equal(opened(tmp_path / "saved")(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["mini-memory", "mini-flex3"])
 def test_the_models_of_the_repository_open(name):
     text = AutoTokenizer.from_pretrained(MINI / name)("The history of", return_tensors="pt")
-    model = AutoModelForCausalLM.from_pretrained(MINI / name)
+    model = opened(MINI / name)
     checkpoint = Checkpoint.open(MINI / name)
     assert text.input_ids[0].tolist() == checkpoint.tokenizer().encode("The history of")
     assert torch.equal(model(**text).logits, checkpoint.load()(text.input_ids))
@@ -45,8 +45,9 @@ def test_the_models_of_the_repository_open(name):
 
 def test_the_base_model_is_the_model_without_its_head(checkpoint, tokens, tmp_path):
     folder, ids = checkpoint("untied"), tokens(2, 9)
-    whole, (base, report) = FlexMemoryForCausalLM.from_pretrained(folder), AutoModel.from_pretrained(
-        folder, output_loading_info=True
+    whole, (base, report) = (
+        opened(folder),
+        AutoModel.from_pretrained(folder, output_loading_info=True),
     )
     assert type(base) is FlexMemoryModel
     assert report["missing_keys"] == set()
@@ -64,7 +65,7 @@ def test_shards_and_their_way_back_to_one_file(load, tokens, tmp_path):
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in"):
         Checkpoint.open(tmp_path / "shards")
-    again = FlexMemoryForCausalLM.from_pretrained(tmp_path / "shards")
+    again = opened(tmp_path / "shards")
     assert torch.equal(again(ids).logits, model(ids).logits)
     again.save_pretrained(tmp_path / "shards")
     Checkpoint.open(tmp_path / "shards").verify()
@@ -74,9 +75,9 @@ def test_shards_and_their_way_back_to_one_file(load, tokens, tmp_path):
 
 def test_dtypes(checkpoint, tokens):
     folder, ids = checkpoint("nano-memory", dtype=torch.bfloat16), tokens(1, 7)
-    stored = AutoModelForCausalLM.from_pretrained(folder)
+    stored = opened(folder)
     assert stored.dtype == torch.bfloat16
-    widened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    widened = opened(folder, dtype=torch.float32)
     torch.testing.assert_close(widened(ids).logits, Checkpoint.open(folder).load(dtype=torch.float32)(ids))
 
 
@@ -87,19 +88,20 @@ def test_a_tied_head_stays_tied(load, tmp_path):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     model.save_pretrained(tmp_path / "larger")
     assert Checkpoint.open(tmp_path / "larger").config.vocab_size == 520
-    assert FlexMemoryForCausalLM.from_pretrained(tmp_path / "larger").lm_head.weight.shape == (520, model.config.hidden_size)
+    assert opened(tmp_path / "larger").lm_head.weight.shape == (
+        520,
+        model.config.hidden_size,
+    )
 
 
 def test_device_maps(checkpoint, tokens, tmp_path):
     pytest.importorskip("accelerate")
     folder, ids = checkpoint("nano-flex3"), tokens(2, 9)
-    expected = FlexMemoryForCausalLM.from_pretrained(folder)(ids).logits
-    assert torch.equal(FlexMemoryForCausalLM.from_pretrained(folder, device_map="auto")(ids).logits, expected)
+    expected = opened(folder)(ids).logits
+    assert torch.equal(opened(folder, device_map="auto")(ids).logits, expected)
     parts = {"model.core.embedding": "cpu", "model.core.norm": "cpu", "lm_head": "cpu"}
     places = {f"model.core.blocks.{layer}": "disk" if layer else "cpu" for layer in range(3)}
-    offloaded = FlexMemoryForCausalLM.from_pretrained(
-        folder, device_map={**parts, **places}, offload_folder=tmp_path / "offload"
-    )
+    offloaded = opened(folder, device_map={**parts, **places}, offload_folder=tmp_path / "offload")
     assert offloaded.model.core.blocks[1].attention.qkv.weight.device.type == "meta"
     assert torch.equal(offloaded(ids).logits, expected)
 
@@ -125,7 +127,7 @@ def test_an_impossible_configuration_is_refused():
     with pytest.raises(ValueError, match=r"flex_ratio must be 1, 2 or 3 for flex and 0 otherwise, got 0 for flex"):
         FlexMemoryConfig(architecture="flex")
     with pytest.raises(ValueError, match=r"vocab_size must be int"):
-        FlexMemoryConfig(vocab_size="many")
+        config_of(NANO["nano-memory"], vocab_size="many")
 
 
 def test_fresh_weights_start_as_those_of_the_core():
@@ -146,7 +148,7 @@ def test_fresh_weights_start_as_those_of_the_core():
 def test_what_a_checkpoint_lacks_is_reported_and_drawn(load, tmp_path):
     load("nano-memory").save_pretrained(tmp_path / "tied")
     config = AutoConfig.from_pretrained(tmp_path / "tied", tie_embeddings=False)
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "tied", config=config, output_loading_info=True)
+    model, report = opened(tmp_path / "tied", config=config, output_loading_info=True)
     assert report["missing_keys"] == {"lm_head.weight"}
     assert float(model.lm_head.weight.detach().std()) == pytest.approx(INIT_STD, rel=0.1)
 

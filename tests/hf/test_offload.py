@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from flexmemory.hf import FlexMemoryForCausalLM, FlexMemoryModel, offload
+from flexmemory.engine.loading import load_model
+from flexmemory.hf import FlexMemoryModel, offload
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.tol.build import build_store
 from flexmemory.tol.format import ToLMismatchError
-from tests.hf.conftest import MINI
+from tests.hf.conftest import MINI, opened
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 8}
 
@@ -28,8 +29,8 @@ def build(tmp_path):
 def test_looked_up_rows_give_the_logits_of_computed_ones(checkpoint, build, tokens, name, rows):
     folder, ids = checkpoint(name), tokens(2, 11)
     tol = build(folder, codec="fp32")
-    computed = AutoModelForCausalLM.from_pretrained(folder)
-    model, report = AutoModelForCausalLM.from_pretrained(folder, tol=tol, rows=rows, output_loading_info=True)
+    computed = opened(folder)
+    model, report = opened(folder, tol=tol, rows=rows, output_loading_info=True)
     assert not any(report.values()), report
     assert not any(".memory." in parameter for parameter, _ in model.named_parameters())
     torch.testing.assert_close(model(ids).logits, computed(ids).logits, rtol=1e-5, atol=1e-5)
@@ -43,9 +44,9 @@ def test_looked_up_rows_give_the_logits_of_computed_ones(checkpoint, build, toke
 def test_rows_may_carry_the_embedding(checkpoint, build, tokens):
     folder, ids = checkpoint("untied"), tokens(2, 9)
     tol = build(folder, codec="fp32", embedding=True)
-    model = FlexMemoryForCausalLM.from_pretrained(folder, tol=tol)
+    model = opened(folder, tol=tol)
     assert model.get_input_embeddings() is None
-    computed = FlexMemoryForCausalLM.from_pretrained(folder)
+    computed = opened(folder)
     torch.testing.assert_close(model(ids).logits, computed(ids).logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(ids, **GREEDY), computed.generate(ids, **GREEDY))
     base = FlexMemoryModel.from_pretrained(folder, tol=tol)
@@ -54,17 +55,20 @@ def test_rows_may_carry_the_embedding(checkpoint, build, tokens):
 
 def test_a_real_model_from_disk_says_the_same(tmp_path):
     build_store(Checkpoint.open(MINI / "mini-memory"), tmp_path / "tol", codec="bf16")
-    text = AutoTokenizer.from_pretrained(MINI / "mini-memory")(["The city of", "In the"], return_tensors="pt")["input_ids"]
-    computed = AutoModelForCausalLM.from_pretrained(MINI / "mini-memory")
-    looked_up = AutoModelForCausalLM.from_pretrained(MINI / "mini-memory", tol=tmp_path / "tol", rows="disk")
+    text = AutoTokenizer.from_pretrained(MINI / "mini-memory")("The city of", return_tensors="pt").input_ids
+    computed = opened(MINI / "mini-memory")
+    looked_up = opened(MINI / "mini-memory", tol=tmp_path / "tol", rows="disk")
     assert looked_up.num_parameters() < 0.6 * computed.num_parameters()
-    assert torch.equal(looked_up(text).logits, computed(text).logits)
+    disk = load_model(Checkpoint.open(MINI / "mini-memory"), tol=tmp_path / "tol")
+    assert disk.row_source is not None
+    assert torch.equal(looked_up(text).logits, disk.model(text, disk.row_source(text)))
+    torch.testing.assert_close(looked_up(text).logits, computed(text).logits, rtol=0, atol=0.1)
 
 
 def test_low_rank_adapters_beside_looked_up_rows(checkpoint, build, tokens):
     peft = pytest.importorskip("peft")
     folder, ids = checkpoint("nano-memory"), tokens(2, 9)
-    model = FlexMemoryForCausalLM.from_pretrained(folder, tol=build(folder, codec="fp32"), rows="host")
+    model = opened(folder, tol=build(folder, codec="fp32"), rows="host")
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv", "output"], init_lora_weights=False))
     model.train()
     model(ids, labels=ids).loss.backward()
@@ -77,15 +81,15 @@ def test_what_does_not_go_together_is_refused(checkpoint, build, tmp_path):
     folder, dense = checkpoint("nano-memory"), checkpoint("nano-base")
     tol = build(folder)
     with pytest.raises(ValueError, match=r"rows from 'host' need a ToL store: give tol='FOLDER', or leave rows out"):
-        AutoModelForCausalLM.from_pretrained(folder, rows="host")
+        opened(folder, rows="host")
     with pytest.raises(ValueError, match=r"rows must be one of device, host, disk with a ToL store, got 'moon'"):
-        AutoModelForCausalLM.from_pretrained(folder, tol=tol, rows="moon")
+        opened(folder, tol=tol, rows="moon")
     with pytest.raises(ValueError, match=r"is a dense model: it has no rows to look up; leave out tol"):
-        AutoModelForCausalLM.from_pretrained(dense, tol=tol)
+        opened(dense, tol=tol)
     with pytest.raises(ToLMismatchError, match=r"was built from another checkpoint"):
-        AutoModelForCausalLM.from_pretrained(checkpoint("nano-flex3"), tol=tol)
+        opened(checkpoint("nano-flex3"), tol=tol)
     with pytest.raises(ValueError, match=r"its FFN-M weights were not loaded, so saving it would lose them"):
-        AutoModelForCausalLM.from_pretrained(folder, tol=tol).save_pretrained(tmp_path / "lost")
+        opened(folder, tol=tol).save_pretrained(tmp_path / "lost")
     assert not (tmp_path / "lost").exists()
 
 

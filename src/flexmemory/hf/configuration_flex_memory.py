@@ -1,4 +1,4 @@
-"""The model's configuration as transformers knows it: the fields of `ModelConfig`, under its names and transformers' own."""
+"""The model's configuration as transformers knows it: the fields of `ModelConfig`, and transformers' names for them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class FlexMemoryConfig(PreTrainedConfig):
         "head_dim": "head_size",
     }
     # Queries, keys and values share one matrix, so its shares are gathered again and cut by head.
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
+        "core.embedding": "embedding_rowwise",
         "core.blocks.*.attention.qkv": "colwise_gather_output",
         "core.blocks.*.attention.output": "rowwise_split_input",
         **{f"core.blocks.*.{ffn}.{name}": "colwise" for ffn in ("ffn", "memory.ffn") for name in ("gate", "up")},
@@ -33,7 +34,7 @@ class FlexMemoryConfig(PreTrainedConfig):
         **{f"core.blocks.*.ffn_c.{name}": "colwise_gather_output" for name in ("gate", "up")},
         "core.blocks.*.ffn_c.down": "rowwise_split_input",
     }
-    base_model_fsdp_plan: ClassVar[dict[str, str]] = {
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "core.embedding": "free_full_weight",
         "core.blocks.*": "free_full_weight",
         "core.norm": "keep_full_weight",
@@ -78,4 +79,6 @@ class FlexMemoryConfig(PreTrainedConfig):
         Raises:
             ValueError: it describes no model.
         """
-        return from_dict(ModelConfig, {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)})
+        return from_dict(
+            ModelConfig, {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)}
+        )

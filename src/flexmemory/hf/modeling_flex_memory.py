@@ -6,15 +6,18 @@ names in memory and the core's on disk, so a folder is read and written by both.
 cached and new tokens, H query heads, G key and value heads, E head width, D model width, V vocabulary.
 """
 
+# Classes of transformers declare less than they do.
+# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
+
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -61,8 +64,8 @@ class FlexMemoryPreTrainedModel(PreTrainedModel):
     config_class = FlexMemoryConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DenseBlock", "MemoryBlock", "FlexBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["DenseBlock", "MemoryBlock", "FlexBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -70,7 +73,7 @@ class FlexMemoryPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        scales = initial_scales(self.base_model.core)
+        scales = initial_scales(self._base().core)
         for parameter in module.parameters(recurse=False):
             mean, std = scales.get(parameter, (0.0, INIT_STD))
             initialization.normal_(parameter, mean=mean, std=std)
@@ -114,7 +117,8 @@ class FlexMemoryPreTrainedModel(PreTrainedModel):
             **kwargs,
         )
         model = found[0] if isinstance(found, tuple) else found  # a tuple with output_loading_info
-        model.base_model.row_source = looked_up.source(model.base_model)
+        base = model._base()
+        base.row_source = looked_up.source(base)
         return found
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
@@ -123,7 +127,7 @@ class FlexMemoryPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the weights of FFN-M are not here to be saved.
         """
-        if not self.base_model.with_memory:
+        if not self._base().with_memory:
             raise ValueError(
                 "this model's rows are looked up and its FFN-M weights were not loaded, so saving it would lose them; "
                 "load it without tol to save it"
@@ -141,6 +145,11 @@ class FlexMemoryPreTrainedModel(PreTrainedModel):
         except ImportError:  # files beside the weights alone: what they save is read by them
             return
         seal_checkpoint(folder)
+
+    def _base(self) -> FlexMemoryModel:
+        base = self.base_model
+        assert isinstance(base, FlexMemoryModel)
+        return base
 
 
 class FlexMemoryModel(FlexMemoryPreTrainedModel):
@@ -243,7 +252,7 @@ class FlexMemoryModel(FlexMemoryPreTrainedModel):
 
     def _attention(self, mask: Any, weights: list[Tensor], **kwargs: Any) -> AttentionFunction:
         """The attention function that the configuration names, with all that one call of the model gives it."""
-        name = self.config._attn_implementation
+        name = self.config._attn_implementation or "eager"
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
         def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -273,9 +282,9 @@ class FlexMemoryModel(FlexMemoryPreTrainedModel):
 class FlexMemoryForCausalLM(FlexMemoryPreTrainedModel, GenerationMixin):
     """The model with its head, for `generate`, `Trainer` and PEFT."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.core.embedding.weight"}
-    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.core.embedding.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: FlexMemoryConfig, *, with_memory: bool = True, with_embedding: bool = True) -> None:
         """Allocate the weights; `with_memory` and `with_embedding` as for `Transformer`."""

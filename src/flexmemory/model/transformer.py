@@ -35,7 +35,7 @@ class Block(nn.Module):
         rotary: Float[Tensor, "2 *B T E"],
         mask: Bool[Tensor, "... T S"] | None,
         kv_cache: KVCacheLike | None,
-        attention: AttentionFunction | None,
+        attention: AttentionFunction | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The residual stream after attention."""
         return x + self.attention(self.attention_norm(x), rotary, mask, kv_cache, attention)
