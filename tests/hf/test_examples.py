@@ -1,5 +1,6 @@
 """The example scripts, run as they are, on little."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -49,3 +50,15 @@ def test_offload(run, tmp_path):
     said = run("offload.py", "--model", MINI / "mini-memory", "--tol", tmp_path / "tol", "--tokens", 4)
     assert "The history of" in said
     assert "MB of weights in memory; rows: disk" in said
+
+
+def test_the_blocks_of_the_guide(tmp_path, monkeypatch, capsys):
+    (tmp_path / "models").symlink_to(MINI)
+    monkeypatch.chdir(tmp_path)
+    build_store(Checkpoint.open(MINI / "mini-memory"), Path("runs/tol"), codec="bf16")
+    guide = (EXAMPLES.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL):
+        exec(block, names)
+    assert capsys.readouterr().out.startswith("The history of")
+    Checkpoint.open("runs/saved").verify()

@@ -66,7 +66,7 @@ def test_a_folder_runs_without_the_package(tmp_path):
     assert found["generated"].shape == (2, 11)
 
 
-def test_the_files_import_pytorch_and_transformers_alone(tmp_path):
+def test_the_files_import_pytorch_and_transformers(tmp_path):
     shutil.copy(MINI / "mini-memory" / "config.json", tmp_path)
     export_code(tmp_path)
     assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {
@@ -82,7 +82,7 @@ def test_the_files_import_pytorch_and_transformers_alone(tmp_path):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(str(node.module).split(".")[0])
-        assert imported <= {"torch", "transformers", *sys.stdlib_module_names}
+        assert imported <= {"torch", "transformers", "safetensors", *sys.stdlib_module_names}
         names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
         assert len(names) == len(set(names)), "two modules define one name"
 

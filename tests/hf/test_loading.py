@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 import flexmemory
 from flexmemory.config import ModelConfig, to_dict
 from flexmemory.hf import FlexMemoryConfig, FlexMemoryForCausalLM, FlexMemoryModel
-from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.model.checkpoint import Checkpoint, save_checkpoint
 from flexmemory.model.init import INIT_STD
-from tests.conftest import NANO, VARIED
+from tests.conftest import NANO, VARIED, random_model
 from tests.hf.conftest import MINI, config_of, opened
 
 
@@ -71,6 +71,17 @@ def test_shards_and_their_way_back_to_one_file(load, tokens, tmp_path):
     Checkpoint.open(tmp_path / "shards").verify()
     again.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
     assert not (tmp_path / "shards" / "manifest.json").exists()
+
+
+def test_edited_rows_come_along(tokens, tmp_path):
+    model, ids = random_model(NANO["nano-flex3"], dtype=torch.float32), tokens(1, 7)
+    model.give_rows({"ids.1": ids[0, :1], "rows.1": torch.ones(1, model.config.hidden_size)})
+    (tmp_path / "edited").mkdir()
+    save_checkpoint(tmp_path / "edited", model, None)
+    opened_again = opened(tmp_path / "edited")
+    torch.testing.assert_close(opened_again(ids).logits, model(ids), rtol=1e-5, atol=1e-5)
+    opened_again.save_pretrained(tmp_path / "again")
+    assert torch.equal(Checkpoint.open(tmp_path / "again").load()(ids), model(ids))
 
 
 def test_dtypes(checkpoint, tokens):

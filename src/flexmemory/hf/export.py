@@ -3,7 +3,7 @@
     configuration_flex_memory.py    config.py and hf/configuration_flex_memory.py
     modeling_flex_memory.py         the core model and hf/modeling_flex_memory.py
 
-They import PyTorch and transformers alone. Shapes in signatures stay as strings, which nothing evaluates.
+They import PyTorch, transformers and what that needs. Shapes in signatures stay as strings, which nothing evaluates.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import importlib.util
 from pathlib import Path
 
 from flexmemory import __version__
-from flexmemory.hf.offload import seal_checkpoint
-from flexmemory.storage import read_json, write_json
+from flexmemory.storage import read_json, sha256_file, write_json
 
 CONFIGURATION = "flexmemory.hf.configuration_flex_memory"
 MODELING = "flexmemory.hf.modeling_flex_memory"
@@ -43,8 +42,11 @@ def export_code(folder: str | Path) -> None:
     for name, modules in ((CONFIGURATION, configuration), (MODELING, modeling)):
         (folder / f"{name.rpartition('.')[2]}.py").write_text(_joined(modules, beside=configuration), encoding="utf-8")
     write_json(folder / "config.json", {**values, "auto_map": AUTO_MAP})
-    if (folder / "manifest.json").is_file():
-        seal_checkpoint(folder)
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        sealed, config = read_json(manifest), folder / "config.json"
+        sealed["files"]["config.json"] = {"bytes": config.stat().st_size, "sha256": sha256_file(config)}
+        write_json(manifest, sealed)
 
 
 def _with_needed(module: str, *, known: list[str]) -> list[str]:

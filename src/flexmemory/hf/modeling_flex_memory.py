@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -26,7 +27,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.generic import can_return_tuple
 
 from flexmemory.config import MODEL_TYPE
@@ -103,7 +104,15 @@ class FlexMemoryPreTrainedModel(PreTrainedModel):
         if tol is None:
             if rows not in (None, "compute"):
                 raise ValueError(f"rows from {rows!r} need a ToL store: give tol='FOLDER', or leave rows out")
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            hub = {key: kwargs[key] for key in ("cache_dir", "token", "revision", "subfolder") if key in kwargs}
+            edited = cached_file(
+                pretrained_model_name_or_path, "rows.safetensors", _raise_exceptions_for_missing_entries=False, **hub
+            )
+            if edited is not None:  # rows that are given and not computed (docs/editing.md)
+                core = cls._loaded(found).core
+                core.give_rows(load_file(edited, device=str(core.device)))
+            return found
         try:
             from flexmemory.hf.offload import open_rows
         except ImportError as error:
@@ -116,8 +125,7 @@ class FlexMemoryPreTrainedModel(PreTrainedModel):
             with_embedding=not looked_up.embedding,
             **kwargs,
         )
-        model = found[0] if isinstance(found, tuple) else found  # a tuple with output_loading_info
-        base = model._base()
+        base = cls._loaded(found)
         base.row_source = looked_up.source(base)
         return found
 
@@ -134,7 +142,7 @@ class FlexMemoryPreTrainedModel(PreTrainedModel):
             )
         folder = Path(save_directory)
         whole = is_main_process and not getattr(self, "_hf_peft_config_loaded", False)  # not of adapters alone
-        for name in ("manifest.json", SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        for name in ("manifest.json", "rows.safetensors", SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
             if whole:
                 (folder / name).unlink(missing_ok=True)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -144,7 +152,12 @@ class FlexMemoryPreTrainedModel(PreTrainedModel):
             from flexmemory.hf.offload import seal_checkpoint
         except ImportError:  # files beside the weights alone: what they save is read by them
             return
-        seal_checkpoint(folder)
+        seal_checkpoint(folder, self._base())
+
+    @staticmethod
+    def _loaded(found: Any) -> FlexMemoryModel:
+        model = found[0] if isinstance(found, tuple) else found  # a tuple with output_loading_info
+        return model._base()
 
     def _base(self) -> FlexMemoryModel:
         base = self.base_model

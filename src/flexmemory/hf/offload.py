@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from flexmemory.hf.modeling_flex_memory import FlexMemoryModel
-from flexmemory.model.checkpoint import WEIGHTS, Checkpoint, seal
+from flexmemory.model.checkpoint import ROWS, WEIGHTS, Checkpoint, given_rows, save_tensors, seal
 from flexmemory.model.memory import Rows
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.tol import tiers
@@ -58,8 +58,13 @@ def open_rows(checkpoint: str | Path, tol: str | Path, *, rows: Any) -> LookedUp
     return LookedUpRows(ToLStore.open(tol, checkpoint=opened), rows)
 
 
-def seal_checkpoint(folder: Path) -> None:
-    """Make a folder that transformers wrote one of this package's checkpoints, where its weights are in one file."""
+def seal_checkpoint(folder: Path, model: FlexMemoryModel) -> None:
+    """Make a folder that transformers wrote one of this package's checkpoints, where its weights are in one file.
+
+    Rows that are given in `model`, which was saved there, are written beside the weights.
+    """
+    if rows := given_rows(model.core):
+        save_tensors(rows, folder / ROWS)
     if (folder / WEIGHTS).is_file():
         tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-        seal(folder, tokenizer, names={WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json"})
+        seal(folder, tokenizer, names={WEIGHTS, ROWS, "config.json", "tokenizer.json", "tokenizer_config.json"})

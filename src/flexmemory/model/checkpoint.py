@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flexmemory.config import MODEL_TYPE, ModelConfig, from_dict, to_dict
-from flexmemory.model.memory import GivenRows
 from flexmemory.model.transformer import Transformer
 from flexmemory.storage import read_json, sha256_file, write_json
 from flexmemory.tokenizer import Tokenizer
@@ -229,16 +228,11 @@ class Checkpoint:
             raise ValueError(f"{self.path / WEIGHTS} cannot be read ({error}); it is damaged") from error
         model.tie_head()
         if memory and (self.path / ROWS).is_file():
-            self._give_rows(model, device=device)
+            try:
+                model.give_rows(load_file(self.path / ROWS, device=str(device)))
+            except ValueError as error:
+                raise ValueError(f"{self.path / ROWS} does not fit its config.json ({error}); it is damaged") from error
         return model.eval()
-
-    def _give_rows(self, model: Transformer, *, device: torch.device | str) -> None:
-        tensors = load_file(self.path / ROWS, device=str(device))
-        try:
-            for layer in sorted(int(name.removeprefix("ids.")) for name in tensors if name.startswith("ids.")):
-                model.memories[layer].given = GivenRows(tensors[f"ids.{layer}"], tensors[f"rows.{layer}"])
-        except (KeyError, IndexError) as error:
-            raise ValueError(f"{self.path / ROWS} does not fit its config.json ({error}); it is damaged") from error
 
 
 def _read_tensor(path: Path, name: str, *, device: torch.device | str) -> Tensor:

@@ -7,7 +7,7 @@ Dimension key: B batch, T tokens, U unique ids, L layers, D model width, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +17,7 @@ from flexmemory.config import ModelConfig
 from flexmemory.model.attention import Attention, AttentionFunction, rotary_table
 from flexmemory.model.ffn import SwiGLU, ffn_c
 from flexmemory.model.kv_cache import KVCacheLike
-from flexmemory.model.memory import LayerMemory, MemoryRows, Rows, empty_embedding, unique_ids
+from flexmemory.model.memory import GivenRows, LayerMemory, MemoryRows, Rows, empty_embedding, unique_ids
 
 
 class Block(nn.Module):
@@ -181,6 +181,18 @@ class Transformer(nn.Module):
             reason = "its memory weights are not loaded" if memories else "it is dense"
             raise ValueError(f"this model cannot compute rows: {reason}")
         return present
+
+    def give_rows(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let rows be given: `ids.L` [N] int64 and `rows.L` [N, D] for each layer L that has some.
+
+        Raises:
+            ValueError: there are ids without rows, or no such layer.
+        """
+        memories = self.memories
+        for layer in sorted(int(name.removeprefix("ids.")) for name in tensors if name.startswith("ids.")):
+            if f"rows.{layer}" not in tensors or layer >= len(memories):
+                raise ValueError(f"it gives rows of layer {layer}, but has none of them or there is no such layer")
+            memories[layer].given = GivenRows(tensors[f"ids.{layer}"], tensors[f"rows.{layer}"])
 
     def embed(self, token_ids: Int[Tensor, "*N"]) -> Float[Tensor, "*N D"]:
         """The input embeddings of `token_ids`.
