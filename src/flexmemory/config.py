@@ -12,6 +12,17 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 MODEL_TYPE = "flex_memory"
+KEYS_OF_TRANSFORMERS = {
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "transformers_version",
+    "use_cache",
+}
+"""What transformers adds to config.json (`flexmemory.hf`); nothing of it changes the model."""
 
 Architecture = Literal["dense", "memory", "flex"]
 MemoryKind = Literal["ffn", "table", "ffn+table"]

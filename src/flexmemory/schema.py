@@ -7,7 +7,7 @@ import inspect
 import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from flexmemory.config import MODEL_TYPE, ModelConfig
+from flexmemory.config import KEYS_OF_TRANSFORMERS, MODEL_TYPE, ModelConfig
 
 _TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
@@ -33,6 +33,7 @@ def model_schema() -> dict[str, Any]:
         else:
             entry["default"] = field.default
         properties[field.name] = entry
+    properties |= {key: {"description": "Of transformers."} for key in sorted(KEYS_OF_TRANSFORMERS)}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "flexmemory model",

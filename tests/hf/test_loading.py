@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import flexmemory
-from flexmemory.config import ModelConfig, to_dict
+from flexmemory.config import KEYS_OF_TRANSFORMERS, ModelConfig, to_dict
 from flexmemory.hf import FlexMemoryConfig, FlexMemoryForCausalLM, FlexMemoryModel
 from flexmemory.model.checkpoint import Checkpoint, save_checkpoint
 from flexmemory.model.init import INIT_STD
@@ -132,6 +132,7 @@ def test_the_configuration_has_the_cores_fields_and_defaults(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).core() == NANO["nano-flex3"]
     stored = json.loads((tmp_path / "config.json").read_text())
     assert to_dict(NANO["nano-flex3"]).items() <= stored.items()
+    assert stored.keys() - to_dict(NANO["nano-flex3"]).keys() <= KEYS_OF_TRANSFORMERS | {"model_type"}
 
 
 def test_an_impossible_configuration_is_refused():

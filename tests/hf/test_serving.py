@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import distributed as dist
-from transformers import AttentionInterface, AutoModel, GenerationConfig
+from transformers import AttentionInterface, AutoModel, GenerationConfig, StaticCache
 from transformers.distributed import DistributedConfig
 from transformers.generation import ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -103,3 +103,17 @@ def test_two_processes_share_a_model(checkpoint, tokens, tmp_path):
     rendezvous = str(tmp_path / "rendezvous")
     # Forked, since each process that starts afresh takes seconds to import transformers.
     mp.start_processes(_shard, (folders, rendezvous, ids, expected), nprocs=2, start_method="fork")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["nano-base", "nano-flex3", "ffn+table"])
+@torch.no_grad()
+def test_the_model_is_one_graph(load, tokens, name):
+    model, ids = load(name), tokens(2, 9)
+    expected = model(ids).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(ids[:, :8], past_key_values=cache)
+    last = compiled(ids[:, 8:], past_key_values=cache, position_ids=torch.full((2, 1), 8)).logits
+    torch.testing.assert_close(last, expected[:, 8:], rtol=1e-4, atol=1e-5)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flexmemory.config import MODEL_TYPE, ModelConfig, from_dict, to_dict
+from flexmemory.config import KEYS_OF_TRANSFORMERS, MODEL_TYPE, ModelConfig, from_dict, to_dict
 from flexmemory.model.transformer import Transformer
 from flexmemory.storage import read_json, sha256_file, write_json
 from flexmemory.tokenizer import Tokenizer
@@ -33,17 +33,6 @@ FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 ROWS = "rows.safetensors"
 """Tensors `ids.L` [N] int64 and `rows.L` [N, D] for each layer L in which rows are given."""
-KEYS_OF_TRANSFORMERS = {
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "pad_token_id",
-    "transformers_version",
-    "use_cache",
-}
-"""What transformers adds to config.json (`flexmemory.hf`); nothing of it changes the model."""
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
