@@ -32,14 +32,14 @@ test-gpu: setup
 	$(BIN)/python -m pytest -q -o addopts= -m "gpu and compile"
 
 lint: setup
-	$(BIN)/ruff format --check src tests benchmarks models examples docs
-	$(BIN)/ruff check src tests benchmarks models examples docs
+	$(BIN)/ruff format --check src tests benchmarks models examples docs/site_hooks.py
+	$(BIN)/ruff check src tests benchmarks models examples docs/site_hooks.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/codespell src tests benchmarks models examples docs *.md
 
 format: setup
-	$(BIN)/ruff format src tests benchmarks models examples docs
-	$(BIN)/ruff check --fix src tests benchmarks models examples docs
+	$(BIN)/ruff format src tests benchmarks models examples docs/site_hooks.py
+	$(BIN)/ruff check --fix src tests benchmarks models examples docs/site_hooks.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache
