@@ -2,7 +2,8 @@
 
     python benchmarks/findings.py models/mini-memory --counts DATA [--device cuda] [--dense CHECKPOINT]
 
-DATA is a prepared folder (`flexmemory prepare`) of text like that of training: tokens that it lacks are left out.
+DATA is a prepared folder (`flexmemory prepare`) of text like that of training, or an .npy file with the occurrences of
+every id in one: tokens that it lacks are left out.
 Everything is exact over the other tokens of the vocabulary. Writes benchmarks/results/findings_NAME.json; pictures are
 made of it by benchmarks/findings_figures.py, and tables by benchmarks/readme.py.
 """
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -157,8 +159,7 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
     model = checkpoint.load(device=device).float()
     dense = None if args.dense is None else _dense(Checkpoint.open(args.dense), like=checkpoint).to(device)
-    data = TokenDataset.open(args.counts)
-    counts = token_counts(data.train, vocab_size=model.config.vocab_size)
+    counts = counts_of(args.counts, vocab_size=model.config.vocab_size)
     vocabulary = Vocabulary.of(checkpoint.tokenizer(), vocab_size=model.config.vocab_size, counts=counts)
     kept = vocabulary.mask.nonzero()[:, 0]
     token_ids, weights = kept.to(device), counts[kept].float().to(device)
@@ -171,6 +172,7 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
         "model": checkpoint.path.name,
         "fingerprint": checkpoint.fingerprint,
         "provenance": provenance(),
+        "device": device.type,
         "mask_rule": vocabulary.mask_rule,
         "tokens": len(kept),
         "counted_tokens": int(counts.sum()),
@@ -212,6 +214,13 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def counts_of(source: Path, *, vocab_size: int) -> Tensor:
+    """Occurrences of every token in a prepared folder, or as an .npy file has them."""
+    if source.suffix == ".npy":
+        return torch.from_numpy(np.load(source, allow_pickle=False)).long()
+    return token_counts(TokenDataset.open(source).train, vocab_size=vocab_size)
+
+
 def _dense(dense: Checkpoint, *, like: Checkpoint) -> Transformer:
     if dense.tokenizer_fingerprint != like.tokenizer_fingerprint:
         raise ValueError(f"{dense.path} has another tokenizer than {like.path}: their tokens cannot be compared")
@@ -221,7 +230,7 @@ def _dense(dense: Checkpoint, *, like: Checkpoint) -> Transformer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--counts", type=Path, required=True, help="prepared folder whose tokens are counted")
+    parser.add_argument("--counts", type=Path, required=True, help="prepared folder whose tokens are counted, or .npy")
     parser.add_argument("--dense", type=Path, help="checkpoint of a dense model with the same tokenizer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

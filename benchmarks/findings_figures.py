@@ -51,10 +51,10 @@ MEASURES = {
 }
 
 
-def save(figure: Figure, name: str) -> None:
+def save(figure: Figure, name: str, *, dpi: int = 140) -> None:
     image = IMAGES / name
     partial = image.with_name(f".{image.name}")
-    figure.savefig(partial, dpi=140)
+    figure.savefig(partial, dpi=dpi)
     partial.replace(image)
     print(image)
 
@@ -69,13 +69,12 @@ def draw_coherence(results: list[dict[str, Any]]) -> None:
         figure = Figure(figsize=(12, 2.6 * len(results)), layout="constrained")
         rows = figure.subplots(len(results), len(MEASURES), squeeze=False, sharex=True, sharey="col")
         for row, each in zip(rows, results, strict=True):
-            for axes, (measure, title) in zip(row, MEASURES.items(), strict=True):
+            for axes, measure in zip(row, MEASURES, strict=True):
                 coherence_panel(axes, each["coherence"], measure)
-                if row is rows[0]:
-                    axes.set_title(title, fontsize=9)
-                if row is rows[-1]:
-                    axes.set_xlabel("layer")
             row[0].set_ylabel(each["model"])
+        for first, last, title in zip(rows[0], rows[-1], MEASURES.values(), strict=True):
+            first.set_title(title, fontsize=9)
+            last.set_xlabel("layer")
         handles, labels = rows[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         save(figure, "findings-coherence.png")
@@ -126,15 +125,15 @@ def draw_outliers(results: list[dict[str, Any]]) -> None:
 def draw_sharing(results: list[dict[str, Any]]) -> None:
     """Keys in common, and pairs told apart by cosine, with their controls."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.2 * len(results)), layout="constrained")
+        figure = Figure(figsize=(11, 3.4 * len(results) + 0.6), layout="constrained")
         rows = figure.subplots(len(results), 2, squeeze=False, sharey="col")
         for row, each in zip(rows, results, strict=True):
             jaccard_panel(row[0], each)
             auroc_panel(row[1], each)
             row[0].set_title(f"{each['model']}: share of the top {each['top_keys']} keys in common", fontsize=9)
             row[1].set_title(f"{each['model']}: pairs of a category told from others (AUROC)", fontsize=9)
-        for axes in rows[0]:
-            axes.legend(fontsize=8, frameon=False, loc="best")
+        for axes in rows[-1]:
+            axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2)
         save(figure, "findings-sharing.png")
 
 
@@ -146,7 +145,8 @@ def sharing_names(sharing: dict[str, Any]) -> tuple[list[str], list[str]]:
     ]
     names = [*layers_of(sharing), *others]
     return names, [name.removeprefix("layer ") for name in layers_of(sharing)] + [
-        name.replace(" ", "\n") for name in others
+        name.replace(" ", "\n").replace("embedding", "embed-\nding").replace("untrained", "un-\ntrained")
+        for name in others
     ]
 
 
@@ -168,8 +168,7 @@ def jaccard_panel(axes: Axes, results: dict[str, Any]) -> None:
             colour=colour,
             label=label,
         )
-    axes.set_xticks(range(len(names)), shown, fontsize=8)
-    axes.set_xlabel("layer, then controls")
+    name_places(axes, shown)
 
 
 def auroc_panel(axes: Axes, results: dict[str, Any]) -> None:
@@ -186,7 +185,11 @@ def auroc_panel(axes: Axes, results: dict[str, Any]) -> None:
         bars(axes, found, offset=i, count=len(series), colour=colour, label=label)
     axes.axhline(0.5, color="black", linestyle=":", linewidth=1, label="categories permuted")
     axes.set_ylim(0.45, 1.0)
-    axes.set_xticks(range(len(names)), shown, fontsize=8)
+    name_places(axes, shown)
+
+
+def name_places(axes: Axes, shown: list[str]) -> None:
+    axes.set_xticks(range(len(shown)), shown, fontsize=7)
     axes.set_xlabel("layer, then controls")
 
 
@@ -219,11 +222,11 @@ def draw_map(checkpoint: Checkpoint, *, counts_of: Path) -> None:
             draw_kinds(row[0], plane, kinds=[vocabulary.kind[i] for i in kept.tolist()])
             draw_clusters(row[1], plane, scaled=scaled, shown=[vocabulary.shown[i] for i in kept.tolist()])
             row[0].set_title(f"{checkpoint.path.name}, {name}: kinds of tokens")
-            row[1].set_title(f"{checkpoint.path.name}, {name}: clusters of K-means, the 24 most coherent named")
+            row[1].set_title(f"{checkpoint.path.name}, {name}: the 24 most coherent clusters")
         figure.legend(
             *rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, markerscale=6
         )
-        save(figure, f"findings-map-{checkpoint.path.name}.png")
+        save(figure, f"findings-map-{checkpoint.path.name}.png", dpi=100)
 
 
 def draw_kinds(axes: Axes, plane: Tensor, *, kinds: list[str]) -> None:
@@ -241,11 +244,18 @@ def draw_clusters(axes: Axes, plane: Tensor, *, scaled: Tensor, shown: list[str]
     rest = ~torch.isin(found.labels, torch.tensor(order))
     axes.scatter(*plane[rest].T.numpy(), s=2, color="#dddddd", linewidths=0, rasterized=True)
     palette = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+    taken: list[Tensor] = []
+    room = (plane.amax(dim=0) - plane.amin(dim=0)) * torch.tensor([0.16, 0.02])
     for i, cluster in enumerate(order):
         members = plane[found.labels == cluster]
         axes.scatter(*members.T.numpy(), s=5, color=palette[i % len(palette)], linewidths=0, rasterized=True)
         middle = plane[facts.medoids[cluster]].median(dim=0).values
-        text = " ".join(shown[place].replace("\N{OPEN BOX}", "") for place in facts.medoids[cluster][:3])
+        if any(bool(((middle - other).abs() < room).all()) for other in taken):
+            continue
+        taken.append(middle)
+        text = " ".join(shown[place].replace("\N{OPEN BOX}", "") for place in facts.medoids[cluster][:3]).replace(
+            "$", "\\$"
+        )
         axes.annotate(
             text,
             middle.tolist(),

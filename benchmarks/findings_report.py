@@ -1,0 +1,184 @@
+"""Write the tables of docs/findings.md from benchmarks/results/findings_*.json; `--check` only compares."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "findings.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MODELS = ("mini-memory", "mini-flex3")
+CONTROLS = ("embedding", "random keys", "untrained", "dense embedding", "dense layer 0")
+
+
+def spaces(figures: dict[str, Any]) -> list[str]:
+    """Layers in order, then controls."""
+    layers = sorted((name for name in figures if name.startswith("layer ")), key=lambda name: int(name.split()[1]))
+    return [*layers, *(name for name in CONTROLS if name in figures)]
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def source(results: dict[str, Any]) -> str:
+    """What was measured, and on what."""
+    where = results["provenance"]
+    machine = where["gpu"] if results["device"] == "cuda" else where["cpu"]
+    return (
+        f"{results['model']}: {results['tokens']:,} tokens, without {results['mask_rule']} "
+        f"({results['counted_tokens']:,} counted). {machine}, torch {where['torch']}, commit {where['commit']}."
+    )
+
+
+def coherence_table(results: dict[str, Any]) -> str:
+    """Each measure with columns scaled, and the first raw and weighted too, as value (null; z)."""
+    columns = [
+        ("cosine gap", "scaled", "cos_gap"),
+        ("gap, raw", "raw", "cos_gap"),
+        ("gap, by occurrence", "weighted", "cos_gap"),
+        ("silhouette", "scaled", "silhouette"),
+        ("variance between", "scaled", "evr"),
+        ("graph", "scaled", "graph"),
+        ("graph, raw", "raw", "graph"),
+        ("seeds agree", "scaled", "stability"),
+    ]
+    others = [name for name in results["coherence"]["layer 0"] if name.endswith(" clusters")]
+    columns += [(f"gap, {name}", name, "cos_gap") for name in others]
+
+    def cell(figures: dict[str, Any]) -> str:
+        z = "" if figures["z"] is None else f"; {figures['z']:+,.0f}"
+        return f"{figures['value']:.3f} ({figures['null']:.3f}{z})"
+
+    rows = [
+        [name, *(cell(results["coherence"][name][variant][measure]) for _, variant, measure in columns)]
+        for name in spaces(results["coherence"])
+    ]
+    note = f"{results['clusters']} clusters; in brackets the mean of {results['permutations']} nulls, and z."
+    return f"{table(['', *(title for title, _, _ in columns)], rows)}\n\n{note} {source(results)}"
+
+
+def outlier_table(results: dict[str, Any]) -> str:
+    """Means over tokens; each alike, then by occurrence."""
+    columns = {
+        "beyond_all": "keys beyond 6 deviations, of all layers",
+        "beyond_layer": "of the layer",
+        "share_with_any": "tokens with one, of the layer",
+        "half_energy": "keys that hold half",
+        "participation": "participation ratio",
+    }
+
+    def cell(name: str, figures: dict[str, float]) -> str:
+        form = ".0%" if name == "share_with_any" else ".2f"
+        return f"{figures['mean']:{form}}, {figures['weighted_mean']:{form}}"
+
+    rows = [
+        [f"layer {layer}", f"{each['mean_size']:.3f}", *(cell(name, each[name]) for name in columns)]
+        for layer, each in enumerate(results["outliers"])
+    ]
+    return f"{table(['', 'mean abs(c)', *columns.values()], rows)}\n\n{source(results)}"
+
+
+def sharing_table(results: dict[str, Any]) -> str:
+    """Keys in common, then pairs told apart."""
+
+    def interval(figures: dict[str, float], form: str) -> str:
+        return f"{figures['value']:{form}} [{figures['low']:{form}}, {figures['high']:{form}}]"
+
+    rows = []
+    for name in spaces(results["sharing"]):
+        scaled, raw = results["sharing"][name]["scaled"], results["sharing"][name]["raw"]
+        rows.append(
+            [
+                name,
+                interval(scaled["jaccard"], ".1%"),
+                interval(scaled["jaccard_dissimilar"], ".1%"),
+                interval(scaled["jaccard_matched"]["frequency"], ".1%"),
+                interval(scaled["jaccard_matched"]["frequency and kind"], ".1%"),
+                interval(scaled["auroc"], ".3f"),
+                interval(scaled["auroc_dissimilar"], ".3f"),
+                interval(scaled["auroc_same_kind"], ".3f"),
+                interval(raw["auroc"], ".3f"),
+                f"{scaled['auroc_permuted']:.3f}",
+            ]
+        )
+    heads = [
+        "", "one category", "strings not alike", "same frequency", "and kind",
+        "AUROC", "strings not alike", "one kind", "raw", "categories permuted",
+    ]  # fmt: skip
+    pairs = results["pairs"]
+    unlike = pairs["same category, strings not alike"]
+    note = (
+        f"Share of the top {results['top_keys']} keys in common (of an embedding, of as large a share of its "
+        f"coordinates), then AUROC; {len(results['categories'])} categories, {sum(results['categories'].values())} "
+        f"tokens, {pairs['same category']:,} pairs of one category ({unlike:,} of strings not alike) among "
+        f"{pairs['all']:,}; intervals of 95 % over categories."
+    )
+    return f"{table(heads, rows)}\n\n{note} {source(results)}"
+
+
+def agreement_table(results: dict[str, Any]) -> str:
+    """AMI of clusters with each set of classes."""
+    first = results["sharing"]["layer 0"]["agreement"]
+    heads = [
+        "",
+        *(f"{name} ({each['classes']} of {each['tokens']:,} tokens)" for name, each in first.items()),
+        "permuted",
+    ]
+    rows = []
+    for name in spaces(results["sharing"]):
+        found = results["sharing"][name]["agreement"]
+        furthest = max((each["permuted_ami"] for each in found.values()), key=abs)
+        rows.append([name, *(f"{each['ami']:.3f}" for each in found.values()), f"{furthest:+.3f}"])
+    note = "AMI; permuted: the furthest from 0 of the same with classes permuted."
+    return f"{table(heads, rows)}\n\n{note} {source(results)}"
+
+
+def cluster_table(results: dict[str, Any]) -> str:
+    """Some clusters of layer 0, from the most coherent to the least."""
+    rows = []
+    for each in results["example_clusters"]:
+        tokens = ", ".join(f"`{token}`" if "`" not in token else "backtick" for token in each["medoids"])
+        rows.append([tokens.replace("|", "\\|"), f"{each['size']}", f"{each['cohesion']:.2f}"])
+    return table(["tokens nearest to the centre", "tokens", "cohesion"], rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "coherence": coherence_table,
+    "outliers": outlier_table,
+    "sharing": sharing_table,
+    "agreement": agreement_table,
+    "clusters": cluster_table,
+}
+
+
+def render(text: str, *, folder: Path = RESULTS) -> str:
+    """`text` with every section made anew of the results in `folder`."""
+
+    def section(match: re.Match[str]) -> str:
+        path = folder / f"findings_{match[3]}.json"
+        content = TABLES[match[2]](json.loads(path.read_text())) if path.exists() else "Not measured yet."
+        return f"{match[1]}{content}\n{match[4]}"
+
+    pattern = r"(<!-- (\w+) ([\w-]+): generated[^\n]*-->\n).*?(<!-- /\2 \3 -->)"
+    return re.sub(pattern, section, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    before = DOCUMENT.read_text()
+    after = render(before)
+    if "--check" in sys.argv:
+        print("docs/findings.md agrees with its results" if before == after else "docs/findings.md is not up to date")
+        return int(before != after)
+    DOCUMENT.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
