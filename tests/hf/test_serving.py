@@ -101,8 +101,8 @@ def test_two_processes_share_a_model(checkpoint, tokens, tmp_path):
     )
     expected = [opened(folder)(ids).logits.detach() for folder in folders]
     rendezvous = str(tmp_path / "rendezvous")
-    # Forked, since each process that starts afresh takes seconds to import transformers.
-    mp.start_processes(_shard, (folders, rendezvous, ids, expected), nprocs=2, start_method="fork")
+    # Started afresh: a forked one would inherit the process group of a test before it.
+    mp.start_processes(_shard, (folders, rendezvous, ids, expected), nprocs=2, start_method="spawn")
 
 
 @pytest.mark.compile
