@@ -93,7 +93,7 @@ def recipe(setting: Setting, *, preset: str, total_tokens: int, batch_tokens: in
         lr=base.lr * setting.lr,
         memory_lr=setting.memory_lr,
         embedding_lr=setting.embedding_lr,
-        optimizer=setting.optimizer,  # pyright: ignore[reportArgumentType]
+        optimizer=setting.optimizer,  # pyright: ignore[reportArgumentType] - a str of argparse's choices
         seed=setting.seed,
     )
 

@@ -1,7 +1,6 @@
 """What the README says can be done, and its numbers are those that were measured."""
 
 import contextlib
-import importlib.util
 import re
 import runpy
 import shlex
@@ -9,7 +8,7 @@ import shlex
 import pytest
 import torch
 
-from tests.cli.conftest import REPOSITORY, readme_blocks, run
+from tests.cli.conftest import REPOSITORY, load_script, readme_blocks, run
 
 
 def test_every_command_says_something(walkthrough):
@@ -74,11 +73,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_tables_are_those_of_the_committed_results():
-    spec = importlib.util.spec_from_file_location("readme", REPOSITORY / "benchmarks" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/readme.py")
     for document in module.DOCUMENTS:
         written = (REPOSITORY / document).read_text(encoding="utf-8")
         assert module.render(written, document) == written, document

@@ -1,22 +1,16 @@
 """The tables of docs/editing-evaluation.md are those of the committed results, and say what must hold anywhere."""
 
-import importlib.util
 import json
 from types import ModuleType
 
 import pytest
 
-from tests.cli.conftest import REPOSITORY
+from tests.cli.conftest import REPOSITORY, load_script
 
 
 @pytest.fixture(scope="module")
 def report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("editing_report", REPOSITORY / "benchmarks" / "editing_report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/editing_report.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,14 @@
 """docs/findings.md holds what the committed results give; its pictures can be drawn of them."""
 
-import importlib.util
 import json
 import re
 from types import ModuleType
 
 import pytest
 
-from tests.cli.conftest import REPOSITORY
+from tests.cli.conftest import REPOSITORY, load_script
 
 PAGE = (REPOSITORY / "docs" / "findings.md").read_text(encoding="utf-8")
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def sample(model: str) -> dict:
@@ -56,7 +46,7 @@ def sample(model: str) -> dict:
 
 @pytest.fixture(scope="module")
 def report() -> ModuleType:
-    return load("findings_report")
+    return load_script("benchmarks/findings_report.py")
 
 
 def test_the_page_is_that_of_its_results(report):
@@ -83,7 +73,7 @@ def test_results_are_rendered_once_they_are_there(report, tmp_path):
 
 
 def test_pictures_can_be_drawn(tmp_path, monkeypatch):
-    figures = load("findings_figures")
+    figures = load_script("benchmarks/findings_figures.py")
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
     results = [sample("mini-memory")]
     for draw in (figures.draw_coherence, figures.draw_outliers, figures.draw_sharing):

@@ -1,13 +1,12 @@
 """docs/scaling.md holds what train/cost.py and the committed results give."""
 
-import importlib.util
 import json
 import shutil
 from types import ModuleType
 
 import pytest
 
-from tests.cli.conftest import REPOSITORY
+from tests.cli.conftest import REPOSITORY, load_script
 
 SAMPLE = {
     "entries": [
@@ -28,18 +27,9 @@ SAMPLE = {
 PAGE = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def scaling() -> ModuleType:
-    return load("scaling")
+    return load_script("benchmarks/scaling.py")
 
 
 def test_the_page_is_that_of_its_sources(scaling):
@@ -71,7 +61,7 @@ def test_measurements_are_rendered_once_they_are_there(scaling, tmp_path):
 
 
 def test_the_law_finds_a_curve_of_its_own_kind():
-    unique_ids = load("unique_ids")
+    unique_ids = load_script("benchmarks/unique_ids.py")
     tokens = 2.0 ** unique_ids.np.arange(11, 25)
     unique = unique_ids.law_at([0.3, 0.8, 11.0, -0.4], tokens, vocab_size=10**6)
     points = [{"tokens": n, "unique": u} for n, u in zip(tokens, unique, strict=True)]
@@ -83,7 +73,7 @@ def test_the_law_finds_a_curve_of_its_own_kind():
 
 
 def test_curves_count_distinct_ids():
-    unique_ids = load("unique_ids")
+    unique_ids = load_script("benchmarks/unique_ids.py")
     windows = unique_ids.np.array([[1, 1, 2], [2, 3, 3], [0, 0, 0], [4, 4, 4], [5, 6, 7]])
     points = unique_ids.curve(windows, vocab_size=8)
     assert [point["unique"] for point in points] == [9 / 5, 2.5, 5]

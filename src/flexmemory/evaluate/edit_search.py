@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from flexmemory.evaluate.editing import Case
 from flexmemory.evaluate.questions import Questions
@@ -215,11 +216,11 @@ def fine_tune(
     optimizer = torch.optim.Adam([change], lr=limit / 5)
     block = model.blocks[layer]
     seen: list[Tensor] = []
+    handle: RemovableHandle | None = None
     if isinstance(block, DenseBlock):
         handle = block.ffn.down.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     else:
         seen.append(TokenMemory(model).coefficients(ids.flatten(), layer=layer).view(*ids.shape, cells))
-        handle = contextlib.nullcontext()
 
     def addition() -> Tensor:
         weights = change.expand(len(cases), -1, -1).repeat_interleave(len(ids) // len(cases), dim=0)
@@ -237,8 +238,8 @@ def fine_tune(
             change.clamp_(-limit, limit)
             if not together:
                 change.copy_(torch.where((loss < 0.01)[:, None, None], earlier, change))
-    if isinstance(block, DenseBlock):
-        handle.remove()  # pyright: ignore[reportAttributeAccessIssue]
+    if handle is not None:
+        handle.remove()
     return change.detach()
 
 

@@ -249,8 +249,8 @@ class FlexMemoryModel(FlexMemoryPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=last,  # pyright: ignore[reportArgumentType] - transformers says FloatTensor
             past_key_values=past_key_values,
-            hidden_states=(*states, last) if wants_states else None,  # pyright: ignore[reportArgumentType]
-            attentions=tuple(attentions) if wants_attentions else None,  # pyright: ignore[reportArgumentType]
+            hidden_states=(*states, last) if wants_states else None,  # pyright: ignore[reportArgumentType] - as said
+            attentions=tuple(attentions) if wants_attentions else None,  # pyright: ignore[reportArgumentType] - as said
         )
 
     def _rows(self, input_ids: Tensor) -> Rows | None:
