@@ -29,6 +29,7 @@ VERBS = {
     "generate": "continue a prompt",
     "serve": "an OpenAI-compatible server",
     "eval": "measure a checkpoint",
+    "prune": "a dense checkpoint with fewer weights, to compare with",
     "export": "write a model for other runtimes (ONNX)",
     "push": "upload a checkpoint or lookups to the Hugging Face Hub",
     "bench": "time tokens, prompts or rows on this machine",
