@@ -92,3 +92,25 @@ def test_alphas_scale_the_dense_ffn_and_leave_no_trace(tokens):
             assert source is None
             torch.testing.assert_close(model(ids), scaled(ids), rtol=1e-12, atol=1e-12)
         assert torch.equal(model(ids), before)
+
+
+@pytest.mark.parametrize("name", ["nano-base", "nano-memory", "nano-flex3"])
+def test_a_scaled_model_scores_as_one_with_scaled_weights(name):
+    """Those of the FFN or FFN-M; FFN-C keeps its own."""
+    model, scaled = random_model(VARIED[name]), random_model(VARIED[name])
+    stream = np.random.default_rng(0).integers(0, 512, 100)
+    alphas = layer_alphas(3, alpha=0.6, drop_layers=(2,))
+    down = "ffn.down.weight" if name == "nano-base" else "memory.ffn.down.weight"
+    with torch.no_grad():
+        for block, alpha in zip(scaled.blocks, alphas, strict=True):
+            block.get_parameter(down).mul_(alpha)
+    with scaled_ffn(model, alphas) as source:
+        found = perplexity(model, stream, row_source=source).nats
+    assert found == pytest.approx(perplexity(scaled, stream).nats, rel=1e-12)
+    assert found != pytest.approx(perplexity(model, stream).nats, rel=1e-6)
+    for count in (2, 4):
+        with (
+            pytest.raises(ValueError, match=f"a factor for each of 3 layers, got {count}"),
+            scaled_ffn(model, [1.0] * count),
+        ):
+            pass

@@ -29,7 +29,12 @@ def scaled_ffn(
     """Within the block, each layer's FFN output is times its factor; yields the row source to use.
 
     For memory and flex models the rows are scaled (FFN-C is left alone); for the dense base the FFN's output.
+
+    Raises:
+        ValueError: there is not one factor for each layer.
     """
+    if len(alphas) != model.config.num_layers:
+        raise ValueError(f"expected a factor for each of {model.config.num_layers} layers, got {len(alphas)}")
     if model.config.has_memory:
         source = row_source or model.rows
         yield lambda token_ids: ScaledRows(source(token_ids), alphas)
