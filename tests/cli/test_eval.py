@@ -1,10 +1,13 @@
-"""`flexmemory eval ppl`: from text or prepared data, from either source of rows."""
+"""`flexmemory eval`: perplexity of text or prepared data, and tasks; from either source of rows."""
 
+import json
 import re
 
 import pytest
 
+from flexmemory.evaluate.tasks import TASKS
 from tests.cli.conftest import run
+from tests.evaluate.task_records import write_records
 
 
 def figure(output: str, label: str) -> float:
@@ -81,3 +84,48 @@ def test_mistakes(walkthrough, tmp_path, refused):
     tokenizer = ("--tokenizer", walkthrough / "runs/data")
     run("prepare", walkthrough / "README.md", "--out", tmp_path / "single", *tokenizer)
     assert "has no validation split" in refusal(data=tmp_path / "single")
+
+
+@pytest.fixture
+def tasks(walkthrough, tmp_path):
+    folder = write_records(tmp_path / "tasks")
+
+    def output(*options):
+        return run("eval", "tasks", walkthrough / "runs/flex3", "--data", folder, *options)
+
+    return output
+
+
+def test_tasks(tasks, tmp_path, exact_store):
+    shown = tasks("--out", tmp_path / "new" / "scores.json")
+    saved = json.loads((tmp_path / "new" / "scores.json").read_text())
+    assert list(saved["tasks"]) == list(TASKS)
+    assert [line.split()[:3:2] for line in shown.splitlines()[1:]] == [
+        [name, metric] for name in TASKS for metric in saved["tasks"][name]["metrics"]
+    ]
+    perplexity = saved["tasks"]["lambada_openai"]["metrics"]["perplexity"]
+    assert f"{perplexity['value']:.4f}" in shown
+    assert f"{perplexity['stderr']:.4f}" in shown
+    assert saved["settings"]["rows"] == "compute"
+    looked_up = tasks("--tol", exact_store, "--rows", "disk", "--batch-tokens", "64", "--out", tmp_path / "disk.json")
+    assert looked_up.splitlines()[0] == shown.splitlines()[0]
+    found = json.loads((tmp_path / "disk.json").read_text())["tasks"]["lambada_openai"]["results"]["perplexity"]
+    assert found == pytest.approx(saved["tasks"]["lambada_openai"]["results"]["perplexity"], abs=1e-3)
+
+
+def test_some_tasks_with_probes(tasks):
+    chosen = ("--tasks", "boolq", "lambada_openai")
+    whole = tasks(*chosen)
+    assert [line.split()[:2] for line in whole.splitlines()[1:]] == [
+        ["boolq", "2"], ["lambada_openai", "2"], ["lambada_openai", "2"],
+    ]  # fmt: skip
+    assert tasks(*chosen, "--alpha", "1.0") == whole
+    assert tasks(*chosen, "--alpha", "0.5") != whole
+    assert "nan" in tasks(*chosen, "--limit", "1")
+
+
+def test_mistakes_with_tasks(walkthrough, tmp_path, refused):
+    start = ("eval", "tasks", walkthrough / "runs/flex3", "--data", tmp_path)
+    assert "unknown task 'piq'; did you mean 'piqa'?" in refused(*start, "--tasks", "piq")
+    assert "task lambada_openai needs one of" in refused(*start)
+    assert "layer 3 cannot be dropped" in refused(*start, "--drop-layers", "3")

@@ -1,8 +1,9 @@
-"""`flexmemory eval ppl CHECKPOINT --data FILE|DIR`: perplexity on text or prepared data."""
+"""`flexmemory eval ppl | tasks CHECKPOINT --data ...`: perplexity on text or prepared data, and zero-shot tasks."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -12,9 +13,13 @@ import tyro
 from flexmemory.device import resolve_device
 from flexmemory.engine.int8 import Int8Part
 from flexmemory.engine.loading import DTYPES, RowPlace, load_model
+from flexmemory.evaluate.likelihood import BATCH_TOKENS
 from flexmemory.evaluate.perplexity import Perplexity, perplexity
 from flexmemory.evaluate.probes import layer_alphas, scaled_ffn
+from flexmemory.evaluate.tasks import TASKS, EncodedTasks, TaskScore, load_task, score_tasks
 from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.provenance import provenance
+from flexmemory.storage import write_json
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.train.data import TokenDataset
 from flexmemory.train.documents import find_sources, read_documents
@@ -96,6 +101,79 @@ def ppl(
     print(describe(result))
 
 
+def tasks(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    data: Path,
+    tasks: tuple[str, ...] = TASKS,
+    limit: int | None = None,
+    out: Path | None = None,
+    tol: Path | None = None,
+    rows: RowPlace | None = None,
+    keep_layers: int | None = None,
+    int8: Int8Part | None = None,
+    alpha: float = 1.0,
+    drop_layers: tuple[int, ...] = (),
+    batch_tokens: int = BATCH_TOKENS,
+    device: str = "auto",
+    dtype: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
+    """Zero-shot accuracy with its standard error, with the prompts and metrics of lm-evaluation-harness.
+
+    Args:
+        checkpoint: A checkpoint or run folder.
+        data: The folder with the tasks' files (docs/evaluating.md).
+        tasks: What to measure; by default all.
+        limit: Take the first documents of each task only.
+        out: Write figures and the result of each document to this JSON file, which is replaced.
+        tol: A ToL store built from the checkpoint: rows are looked up, and FFN-M weights are never loaded.
+        rows: Where rows come from; by default disk with --tol and compute without.
+        keep_layers: Layers of each row to read, the first ones in the store's order.
+        int8: Weights to make int8: of the output head, or of all projections.
+        alpha: Factor of what every FFN adds (FFN-M in memory and flex models).
+        drop_layers: Layers whose FFN adds nothing.
+        batch_tokens: Positions of one forward pass, padding included.
+        device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
+        dtype: Of the computation; auto is the stored dtype.
+    """
+    opened = Checkpoint.open(checkpoint)
+    alphas = layer_alphas(opened.config.num_layers, alpha=alpha, drop_layers=drop_layers)
+    encoded = EncodedTasks.of(
+        [load_task(name, data, limit=limit) for name in tasks],
+        opened.tokenizer(),
+        max_len=opened.config.max_seq_len,
+        batch_tokens=batch_tokens,
+    )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    loaded = load_model(
+        opened, tol=tol, rows=rows, keep_layers=keep_layers, device=resolve_device(device), dtype=DTYPES.get(dtype),
+        int8=int8,
+    )  # fmt: skip
+    logger.info("%s", loaded.describe())
+    with scaled_ffn(loaded.model, alphas, loaded.row_source) as row_source:
+        scores = score_tasks(loaded.model, encoded, row_source=row_source)
+    if out is not None:
+        settings = {"checkpoint": str(checkpoint), "tol": None if tol is None else str(tol), "rows": loaded.rows,
+                    "dtype": str(loaded.model.dtype), "int8": int8, "keep_layers": keep_layers, "alphas": alphas,
+                    "limit": limit}  # fmt: skip
+        results = {name: score.to_json() for name, score in scores.items()}
+        write_json(out, {"settings": settings, "provenance": provenance(), "tasks": results})
+    print(task_table(scores))
+
+
+def task_table(scores: Mapping[str, TaskScore]) -> str:
+    """The text that `flexmemory eval tasks` prints."""
+    lines = [f"{'task':<16}{'documents':>9}  {'metric':<12}{'value':>10}{'stderr':>10}"]
+    lines += [
+        f"{name:<16}{score.num_documents:>9,}  {metric:<12}{found.value:>10.4f}{found.stderr:>10.4f}"
+        for name, score in scores.items()
+        for metric, found in score.metrics.items()
+    ]
+    return "\n".join(lines)
+
+
 def read_text(data: Path, checkpoint: Checkpoint, *, split: Literal["validation", "train"], text_field: str) -> Text:
     """The token stream to evaluate, from prepared data or from text.
 
@@ -145,6 +223,6 @@ def describe(result: Perplexity) -> str:
 def main(argv: list[str]) -> int:
     """Entry point of the verb."""
     tyro.extras.subcommand_cli_from_dict(
-        {"ppl": ppl}, args=argv, prog="flexmemory eval", description="Measure a checkpoint."
+        {"ppl": ppl, "tasks": tasks}, args=argv, prog="flexmemory eval", description="Measure a checkpoint."
     )
     return 0
