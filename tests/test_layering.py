@@ -25,6 +25,7 @@ ALLOWED = {
     "serve": BASE | {"model", "tol", "engine", "interpret", "evaluate"},
     "evaluate": BASE | {"model", "tol", "engine", "interpret"},
     "hf": BASE | {"model", "tol", "engine"},
+    "reproduce": BASE | {"model", "train", "tol", "engine", "interpret", "evaluate"},
 }
 EVERYTHING = {"cli", "__main__"}
 

@@ -106,11 +106,13 @@ def run_server(
     waiting: int = 64,
     timeout_s: float = 100.0,
     max_length: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> Iterator[Running]:
     """A server in a thread of this process, its rows looked up on disk, stopped at the end."""
     tokenizer = checkpoint.tokenizer()
-    loaded = load_model(checkpoint, tol=checkpoint.path.with_name("tol"), rows="disk", dtype=torch.float64)
+    loaded = load_model(checkpoint, tol=checkpoint.path.with_name("tol"), rows="disk", dtype=dtype, device=device)
     engine = loaded.engine(max_sequences=slots, max_length=max_length)
     brake = Brake(engine, steps=steps)
     engine.step = brake
