@@ -57,7 +57,7 @@ def test_the_trainer_learns(checkpoint, tokens, tmp_path, name):
     trainer = Trainer(model=model, args=arguments, train_dataset=data)  # pyright: ignore[reportArgumentType] - a list
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert next(trainer.model.parameters()).is_cuda
+    assert next(model.parameters()).is_cuda
     assert losses[-1] < losses[0] - 1
 
 

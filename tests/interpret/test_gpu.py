@@ -52,9 +52,9 @@ def test_values_are_edited():
     model = random_model(VARIED["nano-flex2"], dtype=torch.float64).cuda()
     memory = TokenMemory(model)
     with memory.edit() as edit:
-        edit.scale_value(3, layer=1, factor=0.0)
+        edit.scale_value(layer=1, key=3, factor=0.0)
     found = edit.patch.apply(model).compute_rows(IDS.cuda())
     here = TokenMemory(copy.deepcopy(model).cpu())
     with here.edit() as edit:
-        edit.scale_value(3, layer=1, factor=0.0)
+        edit.scale_value(layer=1, key=3, factor=0.0)
     torch.testing.assert_close(found.cpu(), edit.patch.apply(here.model).compute_rows(IDS))
