@@ -124,7 +124,7 @@ def test_any_schedule_gives_the_tokens_of_the_reference(loaded, poisoned, name, 
             assert (request.finish_reason, len(expected)) == ("length", request.max_new_tokens)
         assert request.tokens == expected
         assert request.slot is None
-        check_likelihoods(model.model, model.row_source, request, error=1e-9)
+        check_likelihoods(model.model, model.row_source, request, error=1e-9 if device == "cpu" else 1e-6)  # fp32 there
     slots = engine.slots
     assert slots.how == "greedy"
     assert not slots.scored

@@ -109,7 +109,8 @@ def test_device_maps(checkpoint, tokens, tmp_path):
     pytest.importorskip("accelerate")
     folder, ids = checkpoint("nano-flex3"), tokens(2, 9)
     expected = opened(folder)(ids).logits
-    assert torch.equal(opened(folder, device_map="auto")(ids).logits, expected)
+    placed = opened(folder, device_map="auto")
+    torch.testing.assert_close(placed(ids.to(placed.device)).logits.cpu(), expected, rtol=1e-4, atol=1e-5)
     parts = {"model.core.embedding": "cpu", "model.core.norm": "cpu", "lm_head": "cpu"}
     places = {f"model.core.blocks.{layer}": "disk" if layer else "cpu" for layer in range(3)}
     offloaded = opened(folder, device_map={**parts, **places}, offload_folder=tmp_path / "offload")

@@ -94,7 +94,8 @@ def _shard(rank: int, folders: list[str], rendezvous: str, ids: torch.Tensor, ex
     dist.destroy_process_group()
 
 
-def test_two_processes_share_a_model(checkpoint, tokens, tmp_path):
+def test_two_processes_share_a_model(checkpoint, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # where there is a GPU, each process would want its own
     folders, ids = (
         [str(checkpoint(name)) for name in ("grouped-query", "square-1", "untied", "nano-base")],
         tokens(2, 9),

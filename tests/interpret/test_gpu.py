@@ -40,7 +40,7 @@ def test_edits_move_what_they_say_and_nothing_else(name):
     others = [token for token in range(512) if token not in (7, 9, 11, 12)]
     assert torch.equal(after[others], before[others])
     assert torch.equal(after[7, 1], torch.ones_like(after[7, 1]))
-    assert torch.equal(after[11, 1], before[12, 1])
+    torch.testing.assert_close(after[11, 1], before[12, 1])  # computed in another batch: other rounding
     text = torch.tensor([[1, 2, 3, 4, 5, 6]]).cuda()
     assert torch.equal(edited(text), model(text))
     with_it = torch.tensor([[1, 2, 7, 4, 5, 6]]).cuda()
