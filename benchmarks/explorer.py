@@ -186,25 +186,40 @@ def endpoints(
         asked["labels of a layer"] = lambda: client.get(f"/api/labels/{clustered[draw(len(clustered))]}.bin")
     if live is not None:
         depth = live.model.config.num_layers
-        steps = {"row": "steer_row", "through W_down": "rank_one"}
+        steps = {
+            "row": lambda token: steered("steer_row", token, layer()),
+            "rows of all layers": lambda token: steered("steer_row", token, -1),
+            "value": lambda token: {"op": "scale_value", "layer": layer(), "key": token % index.num_keys, "factor": 0},
+            "through W_down": lambda token: steered("rank_one", token, layer()),
+            "through W_down of all layers": lambda token: steered("rank_one", token, -1),
+            "tokens suppressed": lambda _: {"op": "suppress", "tokens": [300, 301]},
+        }
         asked["model: rows of a token"] = lambda: client.get(f"/api/row/{draw(index.vocab_size)}")
         asked["model: similar keys"] = lambda: client.get(f"/api/similar/{layer()}/{draw(index.num_keys)}")
         asked["model: prompt"] = lambda: client.post(
             "/api/prompt", json={"text": TEXT, "alphas": [float(draw(2))] * depth}
         )
-        for name, op in steps.items():
-            asked[f"model: preview of an edit, {name}"] = lambda op=op: client.post(
-                "/api/edit/preview",
-                json={"steps": [{"op": op, "token": 300, "other": 301, "layer": 0, "strength": 1}], "text": TEXT},
+        for name, step in steps.items():
+            asked[f"model: preview of an edit, {name}"] = lambda step=step: client.post(
+                "/api/edit/preview", json={"steps": [step(int(draw(index.vocab_size)))], "text": TEXT}
             )
+        asked["model: 24 tokens, before and after"] = lambda: client.post(
+            "/api/edit/continued", json={"steps": [steps["row"](int(draw(index.vocab_size)))], "text": TEXT}
+        )
     return asked
+
+
+def steered(op: str, token: int, layer: int) -> dict:
+    """The step that steers a token toward token 301."""
+    return {"op": op, "token": token, "other": 301, "layer": layer, "strength": 1}
 
 
 def table(results: dict) -> str:
     """Results as Markdown."""
-    lines = ["| answer | p50, ms | p95, ms | kB |", "|---|---:|---:|---:|"]
+    lines = ["| answer | first, ms | p50, ms | p95, ms | kB |", "|---|---:|---:|---:|---:|"]
     for name, found in results["endpoints"].items():
-        lines.append(f"| {name} | {found['p50_ms']:.1f} | {found['p95_ms']:.1f} | {found['bytes'] / 1e3:,.1f} |")
+        times = " | ".join(f"{found[each]:,.1f}" for each in ("first_ms", "p50_ms", "p95_ms"))
+        lines.append(f"| {name} | {times} | {found['bytes'] / 1e3:,.1f} |")
     shape = f"V {results['vocab_size']:,}, {results['layers']} layers of {results['keys']:,} keys"
     where = f"{results['cpu']}, load average {results['load_average']:.1f}, commit {results['commit']}"
     return "\n".join([*lines, "", f"{shape}, an index of {results['index_bytes'] / 1e6:,.0f} MB; {where}."])
@@ -233,8 +248,7 @@ def main() -> None:
     found = {}
     with serving(records, live, checkpoint) as address, httpx.Client(base_url=address, timeout=120) as client:
         for name, ask in endpoints(records, client, live=None if args.shape else live).items():
-            count = min(args.requests, 10) if "edit" in name else args.requests
-            found[name] = measured(ask, requests=count)
+            found[name] = measured(ask, requests=args.requests)
     index = records.index
     result = {
         "vocab_size": index.vocab_size,

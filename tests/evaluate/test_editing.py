@@ -26,7 +26,7 @@ from flexmemory.evaluate.editing import Case, make_case, score, summarise
 from flexmemory.evaluate.facts import SynthKB
 from flexmemory.evaluate.questions import Questions, word_id
 from flexmemory.interpret.patch import Patch
-from flexmemory.interpret.rank_one import rank_one_factors, second_moment
+from flexmemory.interpret.rank_one import moment_factor, rank_one_factors, second_moment
 from flexmemory.interpret.spill import spill
 from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.model.transformer import Transformer
@@ -196,7 +196,7 @@ def test_for_one_key_it_is_the_library_s_rank_one_update(make_bench: Make, cases
     memory = TokenMemory(bench.model)
     row = torch.arange(float(memory.hidden_size)).double()
     moment = second_moment(memory, layer=1, progress=False)
-    _, expected = rank_one_factors(memory, case.token, layer=1, row=row, moment=moment, ridge=0.0)
+    _, expected = rank_one_factors(memory, case.token, layer=1, row=row, factor=moment_factor(moment, ridge=0.0))
     factors = least_update(memory.coefficients(torch.tensor([case.token]), layer=1), moment)
     torch.testing.assert_close(factors[0], expected, rtol=1e-4, atol=1e-9)
 

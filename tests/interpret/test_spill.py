@@ -1,10 +1,13 @@
 """The spill report is how far rows move: all of them, measured one by one."""
 
+import copy
+
 import pytest
 import torch
 
+from flexmemory.interpret.kept import Kept
 from flexmemory.interpret.rank_one import rank_one_moves, smoothed
-from flexmemory.interpret.spill import spill
+from flexmemory.interpret.spill import SumLengths, spill
 from flexmemory.interpret.tkv import TokenMemory
 from tests.conftest import VARIED, random_model
 
@@ -16,17 +19,71 @@ def measured(memory: TokenMemory, patch) -> torch.Tensor:
     return (edited.compute_rows(IDS) - memory.model.compute_rows(IDS)).norm(dim=2).detach()
 
 
+EDITS = {
+    "value": lambda edit: edit.scale_value(layer=1, key=3, factor=1.01),
+    "values": lambda edit: [edit.scale_value(layer=1, key=key, factor=0.5) for key in range(20)],
+    "key": lambda edit: edit.scale_key(layer=1, key=4, factor=0.99),
+    "rank one": lambda edit: edit.rank_one(9, layer=1, row=1.5 * edit.row(9, layer=1)),
+    "rank one, little": lambda edit: edit.rank_one(9, layer=1, row=1.0001 * edit.row(9, layer=1)),
+    "rank one twice": lambda edit: [edit.rank_one(t, layer=1, row=2 * edit.row(t, layer=1)) for t in (9, 10)],
+    "rank one and values": lambda edit: [
+        edit.rank_one(9, layer=1, row=edit.row(8, layer=1)),
+        edit.scale_value(layer=1, key=3, factor=0.5),
+    ],
+}
+
+
+@pytest.mark.parametrize("change", EDITS)
+def test_in_fp32_it_errs_no_more_than_the_plain_computation(change):
+    memory = TokenMemory(random_model(VARIED["nano-memory"], dtype=torch.float32))
+    kept = Kept(budget_bytes=1 << 30)
+    for number in range(2):  # of the model, and of its edited copy, of which something is known already
+        with memory.edit(kept=kept) as edit:
+            EDITS[change](edit)
+        edited = TokenMemory(edit.patch.apply(memory.model))
+        exact = [TokenMemory(copy.deepcopy(each.model).double()).rows(IDS, layer=1) for each in (edited, memory)]
+        expected = (exact[0] - exact[1]).norm(dim=1)
+        changed = edited.values(1) - memory.values(1)
+        old, new = (each.coefficients(IDS, layer=1) for each in (memory, edited))
+        plain = ((new - old) @ edited.values(1) + old @ changed).norm(dim=1).double()
+        moved = spill(memory, edit.patch, kept=kept).moved[:, 0]
+        allowed = 2 * (plain - expected).abs().max() + 1e-7 * expected.max()
+        assert (moved - expected).abs().max() <= allowed, number
+        some = expected > 1e-2 * expected.max()  # small movements too, as far as they are more than rounding
+        torch.testing.assert_close(moved[some], expected[some], rtol=2e-4, atol=0)
+        assert torch.equal(moved, spill(memory, edit.patch, kept=kept).moved[:, 0]), "the second time"
+        memory = edited
+
+
+@pytest.mark.parametrize("vectors", ["few", "one", "many", "nearly a line", "zero"])
+def test_lengths_of_sums(vectors):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(200, {"few": 5, "one": 1}.get(vectors, 40), generator=generator, dtype=torch.float64)
+    made = torch.randn(weights.shape[1], 16, generator=generator, dtype=torch.float64)
+    if vectors == "nearly a line":
+        line = torch.outer(made[:, 0], made[0])
+        made = line + 1e-6 * made
+        weights[:100] -= torch.outer(weights[:100] @ made[:, 0], made[:, 0]) / made[:, 0].square().sum()
+    if vectors == "zero":
+        made.zero_()
+    expected = (weights @ made).norm(dim=1)
+    lengths = SumLengths(made)
+    torch.testing.assert_close(lengths.of(weights), expected, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(lengths.of(weights, at_most=2 * weights.norm(dim=1)), expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("budget_bytes", [0, 1 << 30])
 @pytest.mark.parametrize("name", ["nano-memory", "nano-flex2", "ffn+table"])
-def test_spill_is_how_far_rows_move(name):
-    memory = TokenMemory(random_model(VARIED[name]))
-    with memory.edit() as edit:
+def test_spill_is_how_far_rows_move(name, budget_bytes):
+    memory, kept = TokenMemory(random_model(VARIED[name])), Kept(budget_bytes=budget_bytes)
+    with memory.edit(kept=kept) as edit:
         edit.scale_row(7, layer=0, factor=0.0)
         edit.scale_value(layer=0, key=3, factor=0.5)
         edit.scale_key(layer=0, key=4, factor=0.5)
         edit.set_key(layer=0, key=5, vector=torch.ones(memory.hidden_size), gate=torch.ones(memory.hidden_size))
         edit.rank_one(9, layer=1, row=torch.ones(memory.hidden_size))
         edit.scale_value(layer=1, key=3, factor=0.5)
-    report = spill(memory, edit.patch)
+    report = spill(memory, edit.patch, kept=kept)
     assert report.layers == (0, 1)
     torch.testing.assert_close(report.moved, measured(memory, edit.patch)[:, :2], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(report.lengths, memory.model.compute_rows(IDS)[:, :2].norm(dim=2).detach())

@@ -5,10 +5,12 @@ import torch
 from safetensors.torch import save_file
 
 from flexmemory.interpret.edit import Editor
+from flexmemory.interpret.kept import row_lengths
 from flexmemory.interpret.patch import Patch
 from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.serve.comparing import comparable
+from flexmemory.serve.live import LiveModel
 
 STEPS = {
     "scale_row": {"token": 300, "layer": 1, "factor": 0},
@@ -41,7 +43,9 @@ def test_a_preview_is_what_applying_does(bench, op):
     step = {"op": op, **STEPS[op]}
     before = rows_of(bench.live.model)
     text = "the red dog"
-    found = bench.post("/api/edit/preview", steps=[step], text=text, max_new_tokens=4)
+    found = bench.post("/api/edit/preview", steps=[step], text=text)
+    continued = bench.post("/api/edit/continued", steps=[step], text=text, max_new_tokens=4)["continued"]
+    assert continued[0] == bench.post("/api/generate", text=text, max_new_tokens=4)["text"]
     assert torch.equal(rows_of(bench.live.model), before), "a preview changes nothing"
     bench.post("/api/edit/apply", steps=[step])
     moved = (rows_of(bench.live.model) - before).norm(dim=2)  # (V, L)
@@ -56,7 +60,7 @@ def test_a_preview_is_what_applying_does(bench, op):
         assert size == pytest.approx(float(moved[token, layer]), rel=2e-3, abs=1e-4)
     now = bench.post("/api/prompt", text=text)["next"]
     assert now[0][0] == max(found["next"], key=lambda entry: entry[2])[0]
-    assert bench.post("/api/generate", text=text, max_new_tokens=4)["text"] == found["continued"][1]
+    assert bench.post("/api/generate", text=text, max_new_tokens=4)["text"] == continued[1]
 
 
 def test_steering_raises_the_logit_and_copying_copies(bench):
@@ -169,3 +173,33 @@ def test_a_patch_can_be_compared_and_a_foreign_one_not(explored, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "none")
     with pytest.raises(ValueError, match="not a patch"):
         comparable(tmp_path / "none", explored.checkpoint)
+
+
+def test_lengths_come_from_an_index_of_this_model(explored):
+    """Means to four digits; edited tokens' own lengths exactly (above). What is of another model is computed."""
+    live, records = explored.live, explored.records
+    exact = rows_of(live.model).norm(dim=2)  # (V, L)
+    step = {"op": "scale_row", "token": 300, "layer": -1, "factor": 0}
+    found = explored.post("/api/edit/preview", steps=[step])["layers"]
+    assert [each["row_length"] for each in found] == pytest.approx(exact.mean(0).tolist(), rel=1e-4)
+    stored = torch.tensor(records.index.array("row_norms")[:, 1].astype("float64"))
+    assert found[1]["row_length"] == pytest.approx(float(stored.mean()), rel=1e-12)
+    other = LiveModel(Checkpoint.open(explored.other), records)  # an index of another model
+    lengths = row_lengths(other.memory, layer=1, kept=other.kept)
+    torch.testing.assert_close(lengths.float(), rows_of(other.model)[:, 1].norm(dim=1))
+
+
+def test_after_an_edit_a_preview_is_of_the_edited_model(bench):
+    for op in ("rank_one", "scale_value", "scale_row"):
+        step = {"op": op, **STEPS[op]}
+        bench.post("/api/edit/preview", steps=[step])
+        bench.post("/api/edit/apply", steps=[step])
+        again = bench.post("/api/edit/preview", steps=[{**step, "factor": 3, "strength": 2}])
+        before = rows_of(bench.live.model)
+        bench.post("/api/edit/apply", steps=[{**step, "factor": 3, "strength": 2}])
+        moved = (rows_of(bench.live.model) - before).norm(dim=2)
+        (layer,) = again["layers"]
+        assert layer["row_length"] == pytest.approx(float(before[:, layer["layer"]].norm(dim=1).mean()), rel=1e-3)
+        for token, at, size in again["worst"][:5]:
+            assert size == pytest.approx(float(moved[token, at]), rel=2e-3, abs=1e-4)
+        bench.post("/api/edit/revert", count=1)

@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from flexmemory.interpret.kept import Kept, Tensors, coefficient_weights
 from flexmemory.interpret.patch import EVERY_LAYER, Kind, Patch, Step, module_of, shape_of, shared_copy, take_step
 from flexmemory.interpret.precise import precise_memory, precise_rows
 from flexmemory.interpret.promotion import Level, lowered_rows, most_promoting
-from flexmemory.interpret.rank_one import RIDGE, rank_one_factors, second_moment
+from flexmemory.interpret.rank_one import RIDGE, moment_factor, rank_one_factors, second_moment
 from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import check_token_ids
@@ -31,12 +32,13 @@ from flexmemory.model.transformer import check_token_ids
 class Editor:
     """A copy of a memory that is being edited, and the patch that leads there."""
 
-    def __init__(self, memory: TokenMemory, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(self, memory: TokenMemory, checkpoint: Checkpoint | None = None, *, kept: Kept | None = None) -> None:
         """Begin to edit `memory`, which is not changed.
 
         Args:
             memory: Of a memory or flex model.
             checkpoint: What it was loaded from: only a patch that knows can be applied to a checkpoint or store.
+            kept: What is known of memories that share weights with this one; what is found out is added.
 
         Raises:
             ValueError: the model is dense.
@@ -48,6 +50,7 @@ class Editor:
         self.memory = TokenMemory(shared_copy(memory.model))
         """The memory as edited so far."""
         self._checkpoint = checkpoint
+        self._kept = Kept() if kept is None else kept
         self._steps: list[Step] = []
         self._tokens: set[int] = set()
         self._what: list[str] = []
@@ -197,9 +200,16 @@ class Editor:
         check_token_ids(torch.tensor([token_id]), self.memory.vocab_size)
         self._refuse_given(torch.tensor([token_id]), layer=layer)
         precise = precise_memory(self.memory.model, layer=layer)
+
+        def found() -> Tensors:
+            return (moment_factor(second_moment(precise, layer=layer, counts=counts), ridge=ridge),)
+
         if moment is None:
-            moment = second_moment(precise, layer=layer, counts=counts)
-        left, right = rank_one_factors(precise, token_id, layer=layer, row=row, moment=moment, ridge=ridge)
+            weights = coefficient_weights(self.memory, layer) + (() if counts is None else (counts,))
+            (factor,) = self._kept.get(f"factor of C, ridge {ridge}", weights, found)
+        else:
+            factor = moment_factor(moment, ridge=ridge)
+        left, right = rank_one_factors(precise, token_id, layer=layer, row=row, factor=factor)
         self._take(
             Step(kind="outer", layer=layer, numbers=left[None], factors=right[None]),
             f"rank-one update of W_down for the row of token {token_id} in layer {layer}",
@@ -233,7 +243,9 @@ class Editor:
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must be between 0 and 1, got {strength}")
         chosen = self.memory.layers if layers is None else tuple(layers)
-        found = most_promoting(self.memory, token_ids, level=level, count=count, top=top, layers=chosen)
+        found = most_promoting(
+            self.memory, token_ids, level=level, count=count, top=top, layers=chosen, kept=self._kept
+        )
         for layer in chosen:
             here = torch.tensor([place for at, place, _ in found if at == layer], dtype=torch.int64)
             if not len(here):

@@ -51,35 +51,41 @@ def second_moment(
     return gram.result()
 
 
-def rank_one_factors(
-    memory: TokenMemory,
-    token_id: int,
-    *,
-    layer: int,
-    row: Float[Tensor, " D"],
-    moment: Float[Tensor, "K K"],
-    ridge: float = RIDGE,
-) -> tuple[Float[Tensor, " D"], Float[Tensor, " K"]]:
-    """What is to be added to W_down, as an outer product: (row - W c) and C^-1 c / (c^T C^-1 c), on the CPU.
-
-    Any C that is symmetric and positive gives the token exactly `row`; C decides who else moves.
+def moment_factor(moment: Float[Tensor, "K K"], *, ridge: float = RIDGE) -> Float[Tensor, "K K"]:
+    """The Cholesky factor of C with `ridge` times the mean of its diagonal added to the diagonal, in fp64.
 
     Raises:
-        ValueError: a shape does not fit, the token uses no cell, or C has no inverse.
+        ValueError: the ridge is negative, or so small that C has no inverse.
     """
-    if row.shape != (memory.hidden_size,) or moment.shape != (memory.num_keys,) * 2 or ridge < 0:
-        raise ValueError(
-            f"expected a row of {memory.hidden_size}, a moment of {[memory.num_keys] * 2} and a ridge of 0 or more, "
-            f"got {list(row.shape)}, {list(moment.shape)} and {ridge}"
-        )
-    ids = torch.tensor([token_id])
-    coefficients = memory.coefficients(ids, layer=layer)[0]
-    raised = moment.to(coefficients.device).double().clone()
+    if ridge < 0:
+        raise ValueError(f"ridge must be 0 or more, got {ridge}")
+    raised = moment.double().clone()
     raised.diagonal().add_(ridge * moment.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(raised)
     if int(failed):
-        raise ValueError(f"the second moment of layer {layer} has no inverse; give a larger ridge than {ridge}")
-    right = torch.cholesky_solve(coefficients.double()[:, None], factor)[:, 0]
+        raise ValueError(f"the second moment of coefficients has no inverse; give a larger ridge than {ridge}")
+    return factor
+
+
+def rank_one_factors(
+    memory: TokenMemory, token_id: int, *, layer: int, row: Float[Tensor, " D"], factor: Float[Tensor, "K K"]
+) -> tuple[Float[Tensor, " D"], Float[Tensor, " K"]]:
+    """What is to be added to W_down, as an outer product: (row - W c) and C^-1 c / (c^T C^-1 c), on the CPU.
+
+    Any C that is symmetric and positive gives the token exactly `row`; C, of which `factor` is the Cholesky factor,
+    decides who else moves.
+
+    Raises:
+        ValueError: a shape does not fit, or the token uses no cell.
+    """
+    if row.shape != (memory.hidden_size,) or factor.shape != (memory.num_keys,) * 2:
+        raise ValueError(
+            f"expected a row of {memory.hidden_size} and a moment of {[memory.num_keys] * 2}, got {list(row.shape)} "
+            f"and {list(factor.shape)}"
+        )
+    ids = torch.tensor([token_id])
+    coefficients = memory.coefficients(ids, layer=layer)[0]
+    right = torch.cholesky_solve(coefficients.double()[:, None], factor.to(coefficients.device))[:, 0]
     scale = coefficients.double() @ right
     if not scale > 0:
         raise ValueError(f"token {token_id} uses no cell of layer {layer}, so W_down cannot change its row")

@@ -3,7 +3,8 @@
 Edits of rows move nobody else: zero, by construction and bit for bit. Edits of values and keys move every token that
 uses these cells, by c'(t) v' - c(t) v summed over the changed cells, at the cost of a pass over the vocabulary with
 these cells. It is about rows; what attention makes of an edited row at later positions is not in it.
-Dimension key: V vocabulary, P layers that the edit touches, S changed cells, D model width.
+Dimension key: V vocabulary, U tokens at once, P layers that the edit touches, S changed cells, R vectors that changes
+are sums of, D model width.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from flexmemory.interpret.kept import Kept, all_coefficients, holds_coefficients, row_lengths
 from flexmemory.interpret.patch import Patch
 from flexmemory.interpret.precise import precise_memory
 from flexmemory.interpret.rank_one import smoothed
 from flexmemory.interpret.tkv import TokenMemory
+from flexmemory.model.transformer import Transformer
 
 EPSILON = 1e-2
 """A row moved that moved by more than this share of the mean length of its layer's rows."""
@@ -40,15 +43,15 @@ class Spill:
     memory: TokenMemory
     """What would be edited."""
 
+    edited: Transformer
+    """What it would be then."""
+    kept: Kept
+    """What is known of the memory."""
+
     @functools.cached_property
     def lengths(self) -> Float[Tensor, "V P"]:
-        """Length of each token's row before, computed when it is first asked for: a pass over the vocabulary."""
-        lengths = torch.empty_like(self.moved)
-        for place, layer in enumerate(self.layers):
-            before = precise_memory(self.memory.model, layer=layer)
-            for ids in self.memory.vocabulary_chunks():
-                lengths[ids.cpu(), place] = before.rows(ids, layer=layer).norm(dim=1).double().cpu()
-        return lengths
+        """Length of each token's row before; unless they are kept, a pass over the vocabulary when first asked for."""
+        return torch.stack([row_lengths(self.memory, layer=layer, kept=self.kept) for layer in self.layers], dim=1)
 
     @property
     def others(self) -> Bool[Tensor, " V"]:
@@ -93,32 +96,32 @@ class Spill:
 
 
 @torch.no_grad()
-def spill(memory: TokenMemory, patch: Patch, *, progress: bool = True) -> Spill:
+def spill(memory: TokenMemory, patch: Patch, *, kept: Kept | None = None, progress: bool = True) -> Spill:
     """How far `patch` would move every token's row. Rows are computed in at least fp32.
 
     Args:
         memory: What it would be applied to, which is not changed.
         patch: The edit.
+        kept: What is known of memories that share weights with this one; what is found out is added.
         progress: Whether a bar is shown (on a terminal).
 
     Raises:
         ValueError: the patch is for another model.
     """
+    kept = Kept() if kept is None else kept
     edited = patch.apply(memory.model)
     has_embedding = any(step.kind == "embedding" for step in patch.steps)
     layers = memory.layers if has_embedding else tuple(sorted({step.layer for step in patch.steps}))
     moved = torch.zeros(memory.vocab_size, len(layers), dtype=torch.float64)
     bar = tqdm(layers, desc="rows that move", unit="layer", leave=False, disable=None if progress else True)
     for place, layer in enumerate(bar):
+        moved[:, place] = _moved_by_cells(memory, edited, patch, layer=layer, kept=kept)
         before, after = precise_memory(memory.model, layer=layer), precise_memory(edited, layer=layer)
-        cells = _changed_cells(patch, layer, memory.num_keys)
         named = _named(patch, before, after, layer)
-        for ids in memory.vocabulary_chunks() if len(cells) else ():
-            moved[ids.cpu(), place] = _change(before, after, ids, cells, layer).norm(dim=1).double().cpu()
         if len(named):
             change = after.rows(named, layer=layer).double() - before.rows(named, layer=layer).double()
             moved[named.cpu(), place] = change.norm(dim=1).cpu()
-    return Spill(layers=tuple(layers), tokens=patch.tokens, moved=moved, memory=memory)
+    return Spill(layers=tuple(layers), tokens=patch.tokens, moved=moved, memory=memory, edited=edited, kept=kept)
 
 
 def _changed_cells(patch: Patch, layer: int, num_keys: int) -> Int64[Tensor, " S"]:
@@ -138,16 +141,65 @@ def _named(patch: Patch, before: TokenMemory, after: TokenMemory, layer: int) ->
     return torch.cat([torch.empty(0, dtype=torch.int64), *ids]).unique()
 
 
-def _change(
-    before: TokenMemory, after: TokenMemory, ids: Tensor, cells: Int64[Tensor, " S"], layer: int
-) -> Float[Tensor, "U D"]:
-    """The change of rows: (c' - c) v' + c (v' - v), which keeps its digits where changes are small."""
-    queries = before.queries(ids, layer=layer)
+def _moved_by_cells(
+    memory: TokenMemory, edited: Transformer, patch: Patch, *, layer: int, kept: Kept
+) -> Float[Tensor, " V"]:
+    """How far changed cells move rows: (c' - c) v' + c (v' - v) of each, which keeps the digits of small changes."""
+    cells = _changed_cells(patch, layer, memory.num_keys).to(memory.model.device)
+    if not len(cells):
+        return torch.zeros(memory.vocab_size, dtype=torch.float64)
+    before, after = precise_memory(memory.model, layer=layer), precise_memory(edited, layer=layer)
+    new = after.values(layer)[cells]
+    change = new - before.values(layer)[cells]
+    every = len(cells) == memory.num_keys
+    if any(step.layer == layer and step.kind in ("keys", "gates") for step in patch.steps):
+        lengths = SumLengths(torch.cat((new, change)))
+        chunks = (before.queries(ids, layer=layer) for ids in memory.vocabulary_chunks())
+        pairs = ([_at(each, queries, cells, layer=layer) for each in (before, after)] for queries in chunks)
+        parts = [lengths.of(torch.cat((now - old, old), dim=1)) for old, now in pairs]
+    elif every or holds_coefficients(memory, kept):
+        lengths = SumLengths(change)
+        found = all_coefficients(memory, layer=layer, kept=kept)
+        parts = [lengths.of(c if every else c[:, cells], at_most=size) for c, size in found]
+    else:
+        lengths = SumLengths(change)
+        chunks = (before.queries(ids, layer=layer) for ids in memory.vocabulary_chunks())
+        parts = [lengths.of(_at(before, queries, cells, layer=layer)) for queries in chunks]
+    return torch.cat(parts).double().cpu()
 
-    def parts(memory: TokenMemory) -> tuple[Tensor, Tensor]:
-        here = cells.to(queries.device)
-        keys, gates = memory.keys(layer)[here], memory.gates(layer)[here]
-        return (queries @ keys.T) * F.silu(queries @ gates.T), memory.values(layer)[here]
 
-    (old, old_values), (new, new_values) = parts(before), parts(after)
-    return (new - old) @ new_values + old @ (new_values - old_values)
+def _at(
+    memory: TokenMemory, queries: Float[Tensor, "U D"], cells: Int64[Tensor, " S"], *, layer: int
+) -> Float[Tensor, "U S"]:
+    """Coefficients of some cells."""
+    keys, gates = memory.keys(layer)[cells], memory.gates(layer)[cells]
+    return (queries @ keys.T) * F.silu(queries @ gates.T)
+
+
+class SumLengths:
+    """Lengths of weighted sums of the same vectors, in fewer steps than making the sums."""
+
+    def __init__(self, vectors: Float[Tensor, "R D"]) -> None:
+        """Prepare: fewer vectors than dimensions are turned into as few, which changes no length.
+
+        Most changes of W_down are one outer product, rounded: vectors along one line but for rounding. Their sums are
+        then as long as along this line, but for what rounding makes of them, which is bounded.
+        """
+        if len(vectors) < vectors.shape[1]:
+            vectors = torch.linalg.qr(vectors.T, mode="r").R.T  # (R, R)
+        self._vectors = vectors
+        exact = vectors.double()
+        line = F.normalize(exact[exact.norm(dim=1).argmax()], dim=0)
+        along = exact @ line
+        self._along = along.to(vectors)
+        self._off = float((exact - torch.outer(along, line)).norm())
+
+    def of(self, weights: Float[Tensor, "U R"], *, at_most: Float[Tensor, " U"] | None = None) -> Float[Tensor, " U"]:
+        """The length of each sum; weights are no longer than `at_most`, where that is known."""
+        lengths = (weights @ self._along).abs()
+        sizes = weights.norm(dim=1) if at_most is None else at_most
+        # sqrt(a^2 + b^2) is a to the last digit where b <= a sqrt(epsilon).
+        unsure = self._off * sizes > lengths * torch.finfo(weights.dtype).eps ** 0.5
+        if unsure.any():
+            lengths[unsure] = (weights[unsure] @ self._vectors).norm(dim=1)
+        return lengths

@@ -22,6 +22,7 @@ from flexmemory.model.transformer import DenseBlock, Transformer, check_token_id
 
 if TYPE_CHECKING:
     from flexmemory.interpret.edit import Editor
+    from flexmemory.interpret.kept import Kept
 
 VOCABULARY_CHUNK = 4096
 """Tokens whose coefficients exist at once."""
@@ -260,15 +261,19 @@ class TokenMemory:
         others[token_id] = False
         return _extremes(cosines, count=count, sign=1, mask=others)
 
-    def edit(self, checkpoint: Checkpoint | None = None) -> Editor:
-        """Begin to edit a copy (`interpret.edit`); `checkpoint` is what the model was loaded from.
+    def edit(self, checkpoint: Checkpoint | None = None, *, kept: Kept | None = None) -> Editor:
+        """Begin to edit a copy (`interpret.edit`).
+
+        Args:
+            checkpoint: What the model was loaded from.
+            kept: What is known of memories that share weights with this one.
 
         Raises:
             ValueError: the model is dense.
         """
         from flexmemory.interpret.edit import Editor  # it stands on this module
 
-        return Editor(self, checkpoint)
+        return Editor(self, checkpoint, kept=kept)
 
     def vocabulary_chunks(self, size: int = VOCABULARY_CHUNK) -> tuple[Int[Tensor, " U"], ...]:
         """All token ids, in parts."""

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flexmemory.interpret.edit import Editor
 from flexmemory.interpret.patch import Patch, stack
+from flexmemory.interpret.precise import precise_rows
 from flexmemory.interpret.promotion import direction_of
-from flexmemory.interpret.spill import spill
+from flexmemory.interpret.spill import Spill, spill
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.serve.fields import Fields
 from flexmemory.serve.live import LiveModel
@@ -45,6 +47,7 @@ class Bench:
         """What can be posted, by name."""
         return {
             "edit/preview": self.preview,
+            "edit/continued": self.continued,
             "edit/apply": self.apply,
             "edit/revert": self.revert,
             "edit/patch": self.saved,
@@ -60,31 +63,42 @@ class Bench:
         Raises:
             ValueError: a step is impossible, or the text too long.
         """
-        live, text, length = self.live, fields.text("text", ""), fields.integer("max_new_tokens", 0)
+        live, text = self.live, fields.text("text", "")
         with live.lock:
             patch = self.patch_of(fields)
-            moved = spill(live.memory, patch, progress=False)
-            edited = patch.apply(live.model)
-            about = [
-                [token, layer, *rounded([float(moved.moved[token, place]), float(moved.lengths[token, place])])]
-                for token in patch.tokens[:WORST]
-                for place, layer in enumerate(moved.layers)
-            ]
+            moved = spill(live.memory, patch, kept=live.kept, progress=False)
             return {
                 "what": list(patch.what),
                 "bytes": patch.nbytes,
                 "rows_only": patch.rows_only,
                 "tokens": list(patch.tokens[:WORST]),
-                "about": about,
+                "about": self._about(moved),
                 "others": int((moved.moved[moved.others] > 0).any(1).sum()),
                 "layers": moved.summary(counts=self._counts),
                 "worst": [[token, layer, *rounded([size])] for token, layer, size in moved.worst(WORST)],
-                "next": live.compared(text, edited),
-                "continued": [
-                    live.continued(text, max_new_tokens=length, model=model) if length else ""
-                    for model in (live.model, edited)
-                ],
+                "next": live.compared(text, moved.edited),
             }
+
+    def continued(self, fields: Fields) -> dict[str, Any]:
+        """How the model goes on with `text`, before and after what steps would do.
+
+        Raises:
+            ValueError: a step is impossible, or the text or `max_new_tokens` too long.
+        """
+        live, text, length = self.live, fields.text("text"), fields.integer("max_new_tokens", 24)
+        with live.lock:
+            edited = self.patch_of(fields).apply(live.model)
+            both = [live.continued(text, max_new_tokens=length, model=model) for model in (None, edited)]
+            return {"continued": both}
+
+    def _about(self, moved: Spill) -> list[list[Any]]:
+        """[token, layer, how far its row moves, its length] of the tokens that an edit is about."""
+        ids, about = torch.tensor(moved.tokens[:WORST], dtype=torch.int64), []
+        for place, layer in enumerate(moved.layers if len(ids) else ()):
+            lengths = precise_rows(self.live.model, ids, layer=layer).norm(dim=1)  # those of `moved` may be rounded
+            sizes = rounded(torch.stack((moved.moved[ids, place], lengths.cpu().double()), dim=1).numpy())
+            about += [[token, layer, *both] for token, both in zip(ids.tolist(), sizes, strict=True)]
+        return about
 
     def apply(self, fields: Fields) -> dict[str, Any]:
         """Let the model answer with steps on top of those that are applied.
@@ -129,7 +143,7 @@ class Bench:
         steps = fields.objects("steps")
         if not 1 <= len(steps) <= MAX_STEPS:
             raise ValueError(f"expected 1 to {MAX_STEPS} steps, got {len(steps)}")
-        editor = Editor(self.live.memory, self._checkpoint)
+        editor = Editor(self.live.memory, self._checkpoint, kept=self.live.kept)
         for step in steps:
             take(editor, step, counts=self._counts)
         return editor.patch
@@ -166,28 +180,37 @@ def take(editor: Editor, step: Fields, *, counts: Tensor | None) -> None:
             editor.swap_rows(step.integer("token"), step.integer("other"), layers=layers_of(editor, step))
         case "suppress":
             suppress(editor, step)
-        case "scale_row" | "copy_row" | "steer_row" | "rank_one":
+        case "scale_row" | "copy_row":
             for layer in layers_of(editor, step):
-                take_row(editor, op, step, layer=layer, counts=counts)
+                take_row(editor, op, step, layer=layer)
+        case "steer_row" | "rank_one":
+            toward = direction_of(editor.memory, checked_tokens(editor, [step.integer("other")]))
+            for layer in layers_of(editor, step):
+                steer(editor, op, step, layer=layer, toward=toward / toward.norm(), counts=counts)
         case _:
             raise ValueError(f"there is no edit {op[:40]!r}")
 
 
-def take_row(editor: Editor, op: str, step: Fields, *, layer: int, counts: Tensor | None) -> None:
-    """An edit of one token's row in one layer."""
+def take_row(editor: Editor, op: str, step: Fields, *, layer: int) -> None:
+    """One token's row in one layer, scaled or that of another."""
     token = step.integer("token")
     if op == "scale_row":
         editor.scale_row(token, layer=layer, factor=step.number("factor"))
-    elif op == "copy_row":
-        editor.set_row(token, layer=layer, row=editor.row(step.integer("other"), layer=layer))
     else:
-        row = editor.row(token, layer=layer)
-        toward = direction_of(editor.memory, checked_tokens(editor, [step.integer("other")])).to(row)
-        steered = row + step.number("strength") * row.norm() * toward / toward.norm()
-        if op == "steer_row":
-            editor.set_row(token, layer=layer, row=steered)
-        else:
-            editor.rank_one(token, layer=layer, row=steered, counts=counts)
+        editor.set_row(token, layer=layer, row=editor.row(step.integer("other"), layer=layer))
+
+
+def steer(
+    editor: Editor, op: str, step: Fields, *, layer: int, toward: Float[Tensor, " D"], counts: Tensor | None
+) -> None:
+    """Add a direction to one token's row in one layer: to the row itself, or through W_down."""
+    token = step.integer("token")
+    row = editor.row(token, layer=layer)
+    steered = row + step.number("strength") * row.norm() * toward.to(row)
+    if op == "steer_row":
+        editor.set_row(token, layer=layer, row=steered)
+    else:
+        editor.rank_one(token, layer=layer, row=steered, counts=counts)
 
 
 def suppress(editor: Editor, step: Fields) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 
 from flexmemory.engine.reference import generate
 from flexmemory.interpret.hooks import run_with_cache
+from flexmemory.interpret.kept import Kept, tell_row_lengths
+from flexmemory.interpret.reader import MemoryIndex
 from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.memory import Rows, ScaledRows
@@ -32,6 +35,10 @@ LISTED = 12
 SIMILAR = 12
 KEPT = 512
 """Answers that are kept for the next time."""
+KEPT_TEXTS = 16
+"""Texts whose next token and continuation are kept."""
+KEPT_BYTES = 1 << 30
+"""What passes over the vocabulary found, for previews of edits."""
 
 
 class LiveModel:
@@ -56,9 +63,23 @@ class LiveModel:
         self.layers = records.index.layers
         self.mask = torch.tensor(records.index.tokens["kept"])
         self.lock = threading.RLock()
+        self.kept = Kept(budget_bytes=KEPT_BYTES)
+        if self.memory.exact and records.index.manifest.checkpoint_fingerprint == checkpoint.fingerprint:
+            self._tell_lengths(records.index)
         self._model_number = 0
         self._rows = functools.lru_cache(maxsize=KEPT)(lambda _model, token_id: self.row_records([token_id])[0])
         self._similar = functools.lru_cache(maxsize=KEPT)(lambda _model, layer, key: self._similar_keys(layer, key))
+        self._expected = functools.lru_cache(maxsize=KEPT_TEXTS)(lambda _model, text: self._next_of(self.model, text))
+        self._went_on = functools.lru_cache(maxsize=KEPT_TEXTS)(
+            lambda _model, text, count: self._continued(self.model, text, count)
+        )
+
+    def _tell_lengths(self, index: MemoryIndex) -> None:
+        """Take lengths of rows from the index, where fp16 holds them: a pass over the vocabulary less."""
+        lengths = torch.from_numpy(np.asarray(index.array("row_norms"), dtype=np.float32))
+        for place, layer in enumerate(self.layers):
+            if float(lengths[:, place].max()) < torch.finfo(torch.float16).max:
+                tell_row_lengths(self.memory, layer=layer, lengths=lengths[:, place], kept=self.kept)
 
     def use(self, model: Transformer) -> None:
         """Answer with another model of the same shape."""
@@ -226,9 +247,13 @@ class LiveModel:
             ValueError: the text is too long.
         """
         with self.lock:
-            token_ids = torch.tensor([self.encode(text)], device=self.model.device)
-            before, after = (F.log_softmax(model(token_ids)[0, -1].float(), dim=-1) for model in (self.model, other))
+            before, after = self._expected(self._model_number, text), self._next_of(other, text)
         return [[t, float(before[t].exp()), float(after[t].exp())] for t in self._chosen(before, after)]
+
+    def _next_of(self, model: Transformer, text: str) -> Float[Tensor, " V"]:
+        """Log probabilities after a text."""
+        token_ids = torch.tensor([self.encode(text)], device=model.device)
+        return F.log_softmax(model(token_ids)[0, -1].float(), dim=-1)
 
     def continued(self, text: str, *, max_new_tokens: int, model: Transformer | None = None) -> str:
         """How the model, or another, goes on, taking the likeliest token each time.
@@ -238,15 +263,15 @@ class LiveModel:
         """
         if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
             raise ValueError(f"max_new_tokens should be 1 to {MAX_NEW_TOKENS}, got {max_new_tokens}")
-        ids = self.encode(text)
         with self.lock:
-            tokens = generate(
-                model or self.model,
-                ids,
-                max_new_tokens=max_new_tokens,
-                stop_ids={self.tokenizer.boundary_id},
-            )
-            return self.tokenizer.decode(list(tokens))
+            if model is None:
+                return self._went_on(self._model_number, text, max_new_tokens)
+            return self._continued(model, text, max_new_tokens)
+
+    def _continued(self, model: Transformer, text: str, max_new_tokens: int) -> str:
+        stops = {self.tokenizer.boundary_id}
+        tokens = generate(model, self.encode(text), max_new_tokens=max_new_tokens, stop_ids=stops)
+        return self.tokenizer.decode(list(tokens))
 
 
 def surprise(log_probabilities: Tensor, ids: list[int]) -> list[float | None]:

@@ -3,8 +3,9 @@ import * as data from "./data.js";
 import { h, number, paged, panel, percent, token, whole } from "./dom.js";
 import { expectations } from "./next.js";
 
-export function report(found) {
-  const { about, layers, worst, next, continued } = found;
+// `ahead` is where the text goes on, when that is known.
+export function report(found, ahead) {
+  const { about, layers, worst, next } = found;
   const byToken = new Map();
   for (const [id, layer, moved, length] of about)
     byToken.set(id, [...(byToken.get(id) ?? []), { layer, moved, length }]);
@@ -103,19 +104,7 @@ export function report(found) {
       "after the text, before and after the edit",
       expectations(next.slice(0, 10), ["before", "after"]),
     ),
-    continued[0] || continued[1]
-      ? panel(
-          "Goes on",
-          "greedy",
-          h(
-            "div",
-            { class: "two" },
-            ["before", "after"].map((name, i) =>
-              h("div", {}, h("h3", {}, name), h("p", { class: "continued" }, continued[i])),
-            ),
-          ),
-        )
-      : null,
+    ahead,
     panel(
       "As a patch",
       "",
@@ -129,3 +118,14 @@ export function report(found) {
     ),
   ].filter(Boolean);
 }
+
+export const goesOn = (texts) =>
+  panel(
+    "Goes on",
+    "greedy",
+    h(
+      "div",
+      { class: "two" },
+      ["before", "after"].map((name, i) => h("div", {}, h("h3", {}, name), h("p", { class: "continued" }, texts[i]))),
+    ),
+  );

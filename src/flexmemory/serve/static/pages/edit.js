@@ -2,7 +2,7 @@
 import * as data from "../data.js";
 import { choice, h, keyLink, needsServer, panel, problem, token, whole } from "../dom.js";
 import { announce, note } from "../nav.js";
-import { report } from "../report.js";
+import { goesOn, report } from "../report.js";
 
 // What each edit needs, and what it does to whom.
 const EDITS = {
@@ -193,11 +193,14 @@ export async function draw(box, _, params) {
   };
   const preview = () =>
     attempt(async () => {
-      const steps = [step()];
+      const asked = { steps: [step()], text: state.text };
       result.replaceChildren(h("p", { class: "loading" }, "Computing every row that moves …"));
-      result.replaceChildren(
-        ...report(await data.post("edit/preview", { steps, text: state.text, max_new_tokens: Number(state.length) })),
-      );
+      const found = await data.post("edit/preview", asked);
+      const count = Number(state.length);
+      const ahead = count ? h("p", { class: "loading" }, "Going on …") : null;
+      result.replaceChildren(...report(found, ahead));
+      if (count)
+        ahead.replaceWith(goesOn((await data.post("edit/continued", { ...asked, max_new_tokens: count })).continued));
     });
   const apply = () => attempt(async () => changed(await data.post("edit/apply", { steps: [step()] })));
   const changed = (now) => {
