@@ -1,10 +1,12 @@
 """Files to requests, answers to figures; `test_harness.py` compares both with the harness itself."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
 import lzma
 import math
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from flexmemory.evaluate.tasks import (
     score_tasks,
     task_score,
 )
+from tests.cli.conftest import REPOSITORY
 from tests.conftest import VARIED, random_model
 from tests.evaluate.task_records import RECORDS, write_records
 from tests.evaluate.test_likelihood import naive
@@ -161,3 +164,28 @@ def test_scores_equal_the_slow_reference(folder, names_tokenizer, name, alpha):
         assert scores[task.name].num_documents == len(task.documents)
         for metric, values in expected.documents.items():
             np.testing.assert_allclose(scores[task.name].documents[metric], values, rtol=1e-10)
+
+
+def test_the_document_names_every_task_and_its_metrics(folder):
+    text = (REPOSITORY / "docs" / "evaluating.md").read_text(encoding="utf-8")
+    rows = {name: (metrics, files) for name, *_, metrics, files in re.findall(
+        r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)}  # fmt: skip
+    assert list(rows) == list(TASKS)
+    for name, (metrics, files) in rows.items():
+        task = load_task(name, folder)
+        assert metrics == ", ".join(task.metrics)
+        (source,) = folder.glob(f"{name}.jsonl")
+        for stem in re.findall(r"`(\w+)`", files):
+            moved = source.rename(folder / f"{stem}.jsonl")
+            assert load_task(name, folder) == task
+            source = moved
+
+
+def test_the_block_of_the_document_runs(tmp_path, capsys):
+    text = (REPOSITORY / "docs" / "evaluating.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    write_records(tmp_path / "tasks")
+    (tmp_path / "models").symlink_to(REPOSITORY / "models")
+    with contextlib.chdir(tmp_path):
+        exec(compile(block, "evaluating.md", "exec"), {})
+    assert capsys.readouterr().out.count("Metric(value=") == 2
