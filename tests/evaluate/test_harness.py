@@ -1,6 +1,7 @@
 """Beside EleutherAI's lm-evaluation-harness: its tasks, its figures, its own model class on our exported model."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -206,6 +207,13 @@ def test_rows_that_are_looked_up(ours, exported, tmp_path, official):
     requests = official("sciq").instances
     found, expected = looked_up.loglikelihood(requests), ours.loglikelihood(requests)
     np.testing.assert_allclose([answer[0] for answer in found], [answer[0] for answer in expected], rtol=2e-5)
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    monkeypatch.delitem(sys.modules, FlexMemoryLM.__module__)
+    with pytest.raises(ImportError, match=r"pip install 'flexmemory\[eval\]'"):
+        importlib.import_module(FlexMemoryLM.__module__)
 
 
 @pytest.mark.parametrize("model", ["hf", "flexmemory"])

@@ -55,6 +55,18 @@ def test_equals_one_request_at_a_time(name, batch_tokens):
     assert 0 < sum(greedy) < len(greedy)
 
 
+@pytest.mark.gpu
+def test_a_gpu_answers_the_same():
+    model = random_model(VARIED["nano-flex2"])
+    requests = Continuations.of(some_pairs(model), max_len=64, batch_tokens=100)
+    expected = requests.score(model)
+    device = torch.device("cuda")
+    for placed in (requests, requests.to(device)):
+        found = placed.score(model.to(device))
+        np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-9)
+        assert found.greedy.tolist() == expected.greedy.tolist()
+
+
 def test_rows_come_from_the_source():
     model = random_model(VARIED["nano-flex1"])
     pairs = some_pairs(model)
