@@ -56,6 +56,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
+        self.device = args.device
         self.checkpoint = Checkpoint.open(args.checkpoint)
         self.config = self.checkpoint.config
         self.model = self.checkpoint.load(dtype=torch.float32, device=args.device).requires_grad_(False)
@@ -82,7 +83,7 @@ class Bench:
 
     def rows_of(self, scheme: Scheme) -> torch.Tensor:
         rows = torch.zeros_like(self.table[:, 1:])
-        rows[:, list(scheme.layers)] = coded_rows(scheme, self.source, self.ids)
+        rows[:, list(scheme.layers)] = coded_rows(scheme, self.source, self.ids, device=self.device)
         return rows
 
     def uniform(self, codec: str) -> Made:
@@ -91,7 +92,9 @@ class Bench:
         return store_bytes(scheme, num_layers=len(layers)).total, self.rows_of(scheme), None
 
     def planned(self, budget: int, **options: Any) -> Made:
-        made = make_plan(self.source, self.sensitivity, counts=self.counts, budget_bytes=budget, **options)
+        made = make_plan(
+            self.source, self.sensitivity, counts=self.counts, budget_bytes=budget, device=self.device, **options
+        )
         return made.size.total, self.rows_of(made.scheme), made.predicted
 
     def dropped(self, count: int) -> Made:
@@ -139,7 +142,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=131_072, help="tokens that say what errors cost")
     parser.add_argument("--max-windows", type=int, help="measure on so many windows, evenly spaced, instead of all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", help="for sensitivities and losses")
+    parser.add_argument("--device", default="cpu", help="for sensitivities, codes and losses")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bench = Bench(args)

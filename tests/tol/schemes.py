@@ -2,14 +2,14 @@
 
 import torch
 
-from flexmemory.tol.coding import PLAIN, Coding, SliceTensors, coding_of
+from flexmemory.tol.coding import PLAIN, Coding, Levels, SliceTensors, coding_of
 from flexmemory.tol.scheme import Band, Scheme
 
 
-def mixed(*runs: tuple[int, int], group: int | None = None, basis: bool = False) -> Coding:
-    """Codes of normal levels in runs of widths."""
+def mixed(*runs: tuple[int, int], group: int | None = None, basis: bool = False, levels: Levels = "normal") -> Coding:
+    """Codes in runs of widths."""
     count = sum(count for _, count in runs)
-    return Coding(levels="normal", widths=runs, group=count if group is None else group, basis=basis)
+    return Coding(levels=levels, widths=runs, group=count if group is None else group, basis=basis)
 
 
 def tensors_of(coding: Coding | None, width: int, *, mean: bool, shared: SliceTensors | None = None) -> SliceTensors:
@@ -56,8 +56,8 @@ def scheme_of(
 
 
 def several_bands(width: int = 48) -> Scheme:
-    """Three bands: numbers as they are, runs of widths, bases and a dropped slice."""
-    rank = width - 5
+    """Four bands: numbers as they are, runs of widths, bases, a trellis and dropped slices."""
+    rank, half = width - 5, width // 16 * 8 + width % 8 // 2
     return scheme_of(
         (5, [
             coding_of("bf16", width), mixed((8, rank), basis=True), coding_of("fp32", width), coding_of("int4", width),
@@ -66,7 +66,12 @@ def several_bands(width: int = 48) -> Scheme:
             mixed((5, 7), (3, width - 7)), mixed((6, 9), (4, 12), (2, rank - 21), basis=True),
             coding_of("normal3", width), coding_of("nf4", width),
         ]),
-        (67, [mixed((3, 13), (1, width - 13), group=16), mixed((4, 12), basis=True), coding_of("bf16", width), None]),
+        (36, [mixed((3, 13), (1, width - 13), group=16), mixed((4, 12), basis=True), coding_of("bf16", width), None]),
+        (31, [
+            mixed((3, half), (1, width - half), levels="trellis"),
+            mixed((5, 8), (2, 9), (1, 6), basis=True, levels="trellis"), None,
+            mixed((6, 4), (2, width - 12), (1, 8), group=16, levels="trellis"),
+        ]),
         width=width,
     )  # fmt: skip
 
@@ -78,7 +83,7 @@ def one_codec(codec: str, width: int, *, slices: int = 3, tokens: int = 30) -> S
 
 CODECS = [
     "bf16", "fp8", "int8", "int6", "int4", "int3", "int2", "nf4", "normal8", "normal5", "normal1", "pq4x8",
-    "svd16", "svd24+int8", "svd16+normal3",
+    "svd16", "svd24+int8", "svd16+normal3", "trellis3", "svd16+trellis1",
 ]  # fmt: skip
 
 

@@ -16,7 +16,21 @@ from flexmemory.tol.scheme import Band, Scheme
 from flexmemory.tol.store import ORDER, TENSORS, ToLStore
 from flexmemory.tol.verify import verify_store
 
-CODECS = ["fp8", "int8", "int4", "int3", "int2", "nf4", "normal5", "normal1", "svd16", "svd24+int8", "svd16+normal3"]
+CODECS = [
+    "fp8",
+    "int8",
+    "int4",
+    "int3",
+    "int2",
+    "nf4",
+    "normal5",
+    "normal1",
+    "svd16",
+    "svd24+int8",
+    "svd16+normal3",
+    "trellis2",
+    "svd16+trellis3",
+]
 
 
 def rows_of(store, ids):
@@ -32,10 +46,8 @@ def banded(checkpoint, *, embedding=False):
     vocab_size, width = config.vocab_size, config.hidden_size
     generator = torch.Generator().manual_seed(7)
     order = torch.randperm(vocab_size, generator=generator)
-    fine, mixed = (
-        Coding(levels="normal", widths=widths, group=width - 8, basis=True)
-        for widths in (((8, width - 8),), ((6, 8), (4, 24), (2, width - 40)))
-    )
+    fine = Coding(levels="normal", widths=((8, width - 8),), group=width - 8, basis=True)
+    mixed = Coding(levels="trellis", widths=((6, 8), (4, 24), (2, width - 40)), group=width - 8, basis=True)
     codings = [
         [coding_of("bf16", width), fine, coding_of("int4", width)],
         [coding_of("int8", width), mixed, coding_of("normal3", width)],

@@ -20,10 +20,10 @@ CODECS = ["int4", "svd16+normal3", "planned", "with embedding"]
 
 
 def scheme_for(vocab_size: int, *, embedding: bool):
-    """Three bands in a shuffled order; one slice of four is the embedding, or is left out."""
+    """Four bands in a shuffled order; one slice of four is the embedding, or is left out."""
     torch.manual_seed(1)
     bands = several_bands(48).bands
-    sizes = (9, 100, vocab_size - 109)
+    sizes = (9, 100, 60, vocab_size - 169)
     slices = slice(0, 4) if embedding else slice(1, 4)
     return scheme_of(
         *((size, list(band.slices[slices])) for size, band in zip(sizes, bands, strict=True)),

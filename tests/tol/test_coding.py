@@ -19,6 +19,7 @@ from flexmemory.tol.scheme import Band, Scheme
 
 CODECS = [
     "fp32", "bf16", "fp8", "int8", "int4", "int3", "int2", "nf4", *[f"normal{bits}" for bits in WIDTHS], "pq4x8",
+    "trellis1", "trellis3", "trellis8",
 ]  # fmt: skip
 
 
@@ -90,6 +91,7 @@ def test_fp8_is_off_by_a_sixteenth_at_most_of_normal_numbers():
 @pytest.mark.parametrize(("codec", "most"), [
     ("normal8", 1.3e-4), ("normal6", 1.1e-3), ("normal5", 3.2e-3), ("normal4", 1.1e-2), ("normal3", 4e-2),
     ("normal2", 0.125), ("normal1", 0.37), ("nf4", 1e-2), ("int4", 1.6e-2), ("int3", 6e-2), ("int2", 0.21),
+    ("trellis3", 2e-2), ("trellis2", 0.077), ("trellis1", 0.285),
 ])  # fmt: skip
 def test_the_error_for_normal_numbers_is_that_of_the_literature(codec, most):
     """Lloyd-Max: 0.3634, 0.1175, 0.03454, 0.009497, 0.002505 for 1 to 5 bits."""

@@ -10,6 +10,7 @@ from flexmemory.presets import get_preset
 from flexmemory.tol.build import build_store
 from flexmemory.tol.layout import layout
 from flexmemory.tol.tiers import open_rows
+from flexmemory.tol.trellis import NOISE, SPREADS
 from tests.tol.conftest import SIZES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tol-format.md").read_text(encoding="utf-8")
@@ -42,3 +43,11 @@ def test_the_documented_sizes_are_right():
         gigabytes = f"{manifest.nbytes / 1e9:.2f} GB"
         assert cells[1:] == [f"{manifest.row_bytes:,}", f"{manifest.stride_bytes:,}", gigabytes]
     assert f"bf16 {manifest.block_rows} rows, {128_256 // manifest.block_rows} blocks" in PAGE
+
+
+def test_the_documented_trellis_is_that_of_the_code():
+    spreads = ", ".join(f"{spread:.2f}" for spread in SPREADS.values())
+    assert f"spread_b = {spreads} for b = {', '.join(map(str, SPREADS))}\n" in PAGE
+    plans = (Path(__file__).parents[2] / "docs" / "tol-plan.md").read_text(encoding="utf-8")
+    line = next(line for line in plans.splitlines() if line.startswith("| trellis, 12 bits | 0."))
+    assert [float(cell) for cell in line.strip("| ").split(" | ")[1:]] == list(NOISE.values())

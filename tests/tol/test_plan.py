@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save
 
 from flexmemory.model.memory import MemoryRows
-from flexmemory.tol.allocate import Choice, Sizes, allocate, falling, noise
+from flexmemory.tol import trellis
+from flexmemory.tol.allocate import Choice, Sizes, allocate, at_price, falling
 from flexmemory.tol.build import ModelRows
 from flexmemory.tol.fit import band_sizes, fit
 from flexmemory.tol.format import ToLMismatchError
@@ -20,6 +21,14 @@ from tests.conftest import NANO
 V, L, D = NANO["nano-memory"].vocab_size, NANO["nano-memory"].num_layers, NANO["nano-memory"].hidden_size
 PLAIN = 2 * V * L * D
 """Bytes of all rows in bf16."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """One way over the seam of a ring: slices of the nano model are short, and would have many tried."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trellis, "RING", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +201,18 @@ def test_exact_rows_cost_nothing(planned):
     assert found.tokens == text[:, 1:].numel()
 
 
-@pytest.mark.parametrize(("width", "expected"), [(0, 1.0), (1, 0.3634), (2, 0.1175), (4, 0.009497)])
-def test_noise_is_that_of_lloyd_and_max(width, expected):
-    assert noise(width) == pytest.approx(expected, rel=1e-3)
+@pytest.mark.parametrize(("price", "levels"), [(1e-9, "trellis"), (3e-4, "normal")])
+def test_codes_are_those_of_a_trellis_where_there_are_enough(price, levels):
+    spread = torch.logspace(0, -6, 64)[None]
+    found = at_price(
+        [Choice(basis=True, spread=spread, dropped=10 * spread.sum(1))],
+        Sizes(tokens=(1000,), width=64, fixed=0),
+        price=price,
+    )
+    ((coding,),) = found.codings
+    assert coding is not None
+    assert coding.levels == levels
+    assert (coding.nbytes - 1 >= 4) == (levels == "trellis")
 
 
 def test_falling_pools_what_rises():

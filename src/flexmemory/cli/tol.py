@@ -42,8 +42,8 @@ def build(
     Args:
         checkpoint: A checkpoint or run folder.
         out: The folder to make.
-        codec: How numbers are written: bf16, fp32, fp8, int8, int4, int3, int2, nf4, normal1 to normal6, svdRANK,
-            svdRANK+normal4 and such, pq4x8, pq8x8 (docs/tol-format.md).
+        codec: How numbers are written: bf16, fp32, fp8, int8, int4, int3, int2, nf4, normal1 to normal6, trellis1 to
+            trellis6, svdRANK, svdRANK+normal4 and such, pq4x8, pq8x8 (docs/tol-format.md).
         embedding: Store each token's input embedding with its rows, so that the model needs no table of it in memory.
         layers: Layers to keep, the most important first; by default all.
         plan: A folder that `flexmemory tol plan` wrote, instead of the three above.

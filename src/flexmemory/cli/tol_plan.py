@@ -78,7 +78,8 @@ def plan(
     drawn = draw_windows(calibration, opened, split=split, tokens=tokens + tune_tokens, seed=seed)
     windows = drawn[: len(drawn) * tokens // (tokens + tune_tokens)]
     frequencies = counts_of(calibration if counts is None else counts, opened)
-    model = opened.load(device=resolve_device(device), dtype=torch.float32).requires_grad_(False)
+    chosen = resolve_device(device)
+    model = opened.load(device=chosen, dtype=torch.float32).requires_grad_(False)
     half = len(windows) // 2
     sensitivity = cached_sensitivity(
         model,
@@ -87,7 +88,7 @@ def plan(
         fingerprint=opened.fingerprint,
         seed=seed,
     )
-    source = ModelRows(opened, device=resolve_device(device))
+    source = ModelRows(opened, device=chosen)
     made = make_plan(
         source,
         sensitivity,
@@ -97,15 +98,16 @@ def plan(
         basis=basis,
         low_rank=low_rank,
         seed=seed,
+        device=chosen,
     )
     if tune_tokens:
-        tuned = tune(made.scheme.moved("cpu"), model.cpu(), source, drawn[len(windows) :], seed=seed)
+        tuned = tune(made.scheme, model.cpu(), source, drawn[len(windows) :], seed=seed, device=chosen)
         made = dataclasses.replace(made, scheme=tuned)
     scheme = made.scheme
     rise = measure_rise(
         model,
         windows[half:],
-        lambda ids: coded_rows(scheme, source, ids),
+        lambda ids: coded_rows(scheme, source, ids, device=chosen),
         layers=scheme.layers,
         embedding=embedding,
     )

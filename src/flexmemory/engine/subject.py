@@ -193,11 +193,10 @@ def random_store(
 
 def planned_bands(width: int, num_ids: int) -> list[tuple[int, Coding]]:
     """Tokens and codings of layers: a fiftieth of tokens in 3.5 bits a number, a fifth in 2.25, the others in 1.25."""
-    frequent, common = -(-num_ids // 50), num_ids // 5
-    parts = [((4, width // 2), (3, width - width // 2)), ((3, width // 4), (2, width - width // 4))]
-    parts.append(((2, width // 4), (1, width - width // 4)))
+    frequent, common, half, quarter = -(-num_ids // 50), num_ids // 5, width // 16 * 8, width // 32 * 8
+    parts = [((4, half), (3, width - half)), ((3, quarter), (2, width - quarter)), ((2, quarter), (1, width - quarter))]
     sizes = (frequent, common, num_ids - frequent - common)
-    codings = [Coding(levels="normal", widths=widths, group=width) for widths in parts]
+    codings = [Coding(levels="trellis", widths=widths, group=width) for widths in parts]
     return list(zip(sizes, codings, strict=True))
 
 

@@ -8,7 +8,6 @@ that meets the budget. Dimension key: L layers, N coefficients, D model width.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -16,25 +15,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flexmemory.tol.coding import WIDTHS, Coding, normal_levels
+from flexmemory.tol.coding import WIDTHS, Coding
+from flexmemory.tol.trellis import NOISE
 
 RUN = 8
 """Coefficients that get one width: whole bytes at any."""
 
 
-@functools.cache
+LEAST_RING = 32
+"""Bits of a slice below which its codes are too few for a trellis: the levels of each are chosen alone."""
+
+
 def noise(width: int) -> float:
     """Squared error of normal numbers of variance 1 in codes of `width` bits; 0 bits drop them, 16 are bf16."""
-    if width == 0:
-        return 1.0
-    if width == 16:
-        return 2.0**-18 / 3
-    levels = normal_levels(width).double()
-    ends = torch.cat((torch.tensor([-math.inf]), (levels[1:] + levels[:-1]) / 2, torch.tensor([math.inf])))
-    share = (torch.erf(ends / math.sqrt(2))).diff() / 2
-    density = torch.exp(-ends.square() / 2) / math.sqrt(2 * math.pi)
-    first = -density.diff()  # integral of x over each cell
-    return float(1 - 2 * (levels * first).sum() + (levels.square() * share).sum())
+    return {0: 1.0, **NOISE, 16: 2.0**-18 / 3}[width]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,8 +157,9 @@ def _coding(spread: Float[Tensor, " N"], choice: Choice, sizes: Sizes, *, price:
             choices[0] = 1  # something must be written, so that the mean is added
         cost = float((table[choices] * parts).sum())
         widths = _runs([int(bits[number]) for number in choices], count)
-    levels = "normal" if scaled else "bf16"
     written = sum(number for _, number in widths)
+    size = sum(width * number for width, number in widths)
+    levels = "bf16" if not scaled else "normal" if size % 8 or size < LEAST_RING else "trellis"
     return Coding(levels=levels, widths=tuple(widths), group=written if scaled else 0, basis=choice.basis), cost
 
 

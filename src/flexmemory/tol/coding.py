@@ -22,15 +22,17 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-Levels = Literal["fp32", "bf16", "int", "normal", "nf4", "fp8", "pq"]
-"""What codes stand for: a number's own bits (fp32, bf16); whole numbers; levels with the least squared error for normal
-numbers; those of NF4 (QLoRA, arXiv 2305.14314); e4m3 floating point; vectors of a codebook."""
+from flexmemory.tol import trellis
+
+Levels = Literal["fp32", "bf16", "int", "normal", "trellis", "nf4", "fp8", "pq"]
+"""What codes stand for: a number's own bits; whole numbers; levels with the least squared error for normal numbers;
+levels that depend on the codes after (`tol.trellis`); NF4 (QLoRA, arXiv 2305.14314); e4m3; vectors of a codebook."""
 PLAIN = ("fp32", "bf16")
 STEPS_PER_OCTAVE = 16
 """Of scales: two neighbours differ by 4.4 %."""
 LARGEST_SCALE = 255
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
-"""Bits that a code of `normal` levels may have."""
+"""Bits that a code of `normal` or `trellis` levels may have."""
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -55,15 +57,8 @@ class Coding:
 
     def __post_init__(self) -> None:
         """Reject what cannot be decoded."""
-        known = {
-            "fp32": (32,),
-            "bf16": (16,),
-            "int": WIDTHS[1:],
-            "normal": WIDTHS,
-            "nf4": (4,),
-            "fp8": (8,),
-            "pq": (8,),
-        }
+        fixed = {"fp32": (32,), "bf16": (16,), "nf4": (4,), "fp8": (8,), "pq": (8,)}
+        known = {**fixed, "int": WIDTHS[1:], "normal": WIDTHS, "trellis": WIDTHS}
         if self.levels not in known:
             raise ValueError(f"unknown levels {self.levels!r}; this version has {', '.join(known)}: update flexmemory")
         for bits, count in self.widths:
@@ -73,11 +68,18 @@ class Coding:
             raise ValueError(f"not a coding of a slice: {self}")
         if self.levels == "pq" and any(count % self.vector for _, count in self.widths):
             raise ValueError(f"vectors of {self.vector} do not divide {self.num_coefficients} numbers")
+        if self.levels == "trellis" and ((bits := self.num_bits) % 8 or bits < trellis.WINDOW):
+            raise ValueError(f"trellis codes of a slice need whole bytes, two or more, got {bits} bits")
 
     @property
     def num_coefficients(self) -> int:
         """N."""
         return sum(count for _, count in self.widths)
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of a token's codes, those of each run one after the other, where codes are of one number."""
+        return sum(bits * count for bits, count in self.widths)
 
     @property
     def num_scales(self) -> int:
@@ -86,7 +88,9 @@ class Coding:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one token's slice; each run of codes begins at a whole byte."""
+        """Bytes of one token's slice; each run of codes begins at a whole byte, but in a trellis."""
+        if self.levels == "trellis":
+            return self.num_scales + self.num_bits // 8
         return self.num_scales + sum(-(-bits * (count // self.vector) // 8) for bits, count in self.widths)
 
     @property
@@ -123,8 +127,9 @@ CODECS = {
     "int8": "whole numbers of 8 bits with a scale for each token and layer (int4, int3, int2 with fewer)",
     "nf4": "NormalFloat of 4 bits with a scale for 64 numbers",
     "normal4": "levels for normal numbers (1, 2, 3, 4, 5, 6 or 8 bits) with a scale for each token and layer",
+    "trellis4": "the same with codes that choose among thousands of levels together; smaller errors, slower to write",
     "svd512": "512 coefficients in bf16 on a basis for each layer",
-    "svd512+normal4": "the same with coefficients of 4 bits (or int4, int8 ...)",
+    "svd512+normal4": "the same with coefficients of 4 bits (or int4, int8, trellis2 ...)",
     "pq4x8": "product quantisation: 4 numbers as one code of 8 bits (2 bits a number; pq8x8 has 1)",
 }
 """Names of codecs, by example; `coding_of` reads them."""
@@ -136,7 +141,7 @@ def coding_of(name: str, hidden_size: int) -> Coding:
     Raises:
         ValueError: there is no such codec, or not for this size.
     """
-    match = re.fullmatch(r"(?:svd(\d+)(?:\+|$))?(?:(fp32|bf16|fp8|nf4)|(int|normal)([1-68])|pq(\d+)x8)?", name)
+    match = re.fullmatch(r"(?:svd(\d+)(?:\+|$))?(?:(fp32|bf16|fp8|nf4)|(int|normal|trellis)([1-68])|pq(\d+)x8)?", name)
     if not match or not name or name.endswith("+"):
         raise ValueError(f"unknown ToL codec {name!r}; there are {', '.join(CODECS)} and others of their kinds")
     rank, fixed, kind, bits, vector = match.groups()
@@ -144,13 +149,11 @@ def coding_of(name: str, hidden_size: int) -> Coding:
     if not 0 < count <= hidden_size or (rank and fixed == "fp32") or (rank and vector):
         raise ValueError(f"codec {name!r} does not fit rows of {hidden_size} numbers")
     basis = rank is not None
+    levels: Any = kind or fixed or "bf16"
     if kind:
-        return Coding(
-            levels="int" if kind == "int" else "normal", widths=((int(bits), count),), group=count, basis=basis
-        )
+        return Coding(levels=levels, widths=((int(bits), count),), group=count, basis=basis)
     if vector:
         return Coding(levels="pq", widths=((8, count),), group=count, vector=int(vector))
-    levels: Any = fixed or "bf16"
     group = {"fp8": count, "nf4": min(64, count)}.get(levels, 0)
     return Coding(
         levels=levels, widths=(({"fp32": 32, "bf16": 16, "fp8": 8, "nf4": 4}[levels], count),), group=group, basis=basis
@@ -259,8 +262,28 @@ def decode_slice(data: UInt8[Tensor, "U nbytes"], coding: Coding, tensors: Slice
     return numbers if tensors.mean is None else numbers + tensors.mean
 
 
+def gains_of(coding: Coding, tensors: SliceTensors) -> Float[Tensor, " N"] | None:
+    """What levels are multiplied by besides the scale: the gains, and in a trellis what belongs to each width."""
+    if coding.levels != "trellis":
+        return tensors.gain
+    spreads = trellis.spreads(coding.widths)
+    return spreads if tensors.gain is None else tensors.gain * spreads.to(tensors.gain.device)
+
+
 def _coefficients(data: UInt8[Tensor, "U nbytes"], coding: Coding, tensors: SliceTensors) -> Float[Tensor, "U N"]:
+    numbers = _levels(data, coding, tensors)
+    if coding.group:
+        scales = scale_of(data[:, : coding.num_scales])
+        numbers = numbers * scales.repeat_interleave(coding.group, dim=1)[:, : numbers.shape[1]]
+    gains = gains_of(coding, tensors)
+    return numbers if gains is None else numbers * gains.to(data.device)
+
+
+def _levels(data: UInt8[Tensor, "U nbytes"], coding: Coding, tensors: SliceTensors) -> Float[Tensor, "U N"]:
+    """What the codes stand for."""
     at, parts = coding.num_scales, []
+    if coding.levels == "trellis":
+        return trellis.trellis_levels().to(data.device)[trellis.decode_windows(data[:, at:], coding.widths)]
     for bits, count in coding.widths:
         codes = count // coding.vector
         size = -(-bits * codes // 8)
@@ -272,11 +295,7 @@ def _coefficients(data: UInt8[Tensor, "U nbytes"], coding: Coding, tensors: Slic
             parts.append(book[torch.arange(codes, device=data.device), code].flatten(1))
         else:
             parts.append(levels_of(coding.levels, bits).to(data.device)[code])
-    numbers = torch.cat(parts, dim=1)
-    if coding.group:
-        scales = scale_of(data[:, : coding.num_scales])
-        numbers = numbers * scales.repeat_interleave(coding.group, dim=1)[:, : numbers.shape[1]]
-    return numbers if tensors.gain is None else numbers * tensors.gain
+    return torch.cat(parts, dim=1)
 
 
 def encode_slice(rows: Float[Tensor, "U D"], coding: Coding, tensors: SliceTensors) -> UInt8[Tensor, "U nbytes"]:
@@ -298,12 +317,16 @@ def encode_slice(rows: Float[Tensor, "U D"], coding: Coding, tensors: SliceTenso
     weights = torch.nn.functional.pad(weight, (0, missing)).unflatten(0, (-1, group))
     byte = _scales(grouped, weights, coding, tensors)
     scaled = (grouped / scale_of(byte)[..., None]).flatten(1)[:, : numbers.shape[1]]
+    start = [byte] if coding.group else []
+    if coding.levels == "trellis":
+        windows = trellis.search(scaled, weight, coding.widths)
+        return torch.cat([*start, trellis.encode_windows(windows, coding.widths)], dim=1)
     _, codes = _nearest(scaled, coding, tensors)
     runs, at = [], 0
     for bits, count in coding.widths:
         runs.append(pack(codes[:, at : at + count // coding.vector], bits))
         at += count // coding.vector
-    return torch.cat(([byte] if coding.group else []) + runs, dim=1)
+    return torch.cat(start + runs, dim=1)
 
 
 def _scales(
@@ -312,7 +335,9 @@ def _scales(
     coding: Coding,
     tensors: SliceTensors,
 ) -> UInt8[Tensor, "U groups"]:
-    """The bytes of the scales."""
+    """The bytes of the scales; of a trellis those that are best for `normal` levels of the same bits."""
+    if coding.levels == "trellis":
+        coding = dataclasses.replace(coding, levels="normal")
     largest = grouped.abs().amax(dim=-1)
     if coding.levels == "fp8":
         return _byte_of(largest / 448.0, up=True)

@@ -65,10 +65,10 @@ def _fetch(
 @triton.jit
 def _decode(
     data_ptr, chosen_ptr, offset_ptr, band_ptr, hot_slot_ptr, hot_ptr, bit_ptr, form_ptr, base_ptr, scale_ptr, gain_ptr,
-    mean_ptr, number_ptr, levels_ptr, scales_ptr, out_ptr, coefficients_ptr, pitch, num_rows,
+    ring_ptr, mean_ptr, number_ptr, levels_ptr, scales_ptr, out_ptr, coefficients_ptr, pitch, num_rows,
     P: tl.constexpr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     BY_TOKEN: tl.constexpr, STAGED: tl.constexpr, HAS_HOT: tl.constexpr, HAS_BASIS: tl.constexpr,
-    HAS_NUMBERS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_NUMBERS: tl.constexpr, HAS_RINGS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program takes a block of one slice of one row: its numbers, or coefficients where it has a basis."""
     b = tl.program_id(0).to(tl.int64)
@@ -94,23 +94,32 @@ def _decode(
             row = data_ptr + tl.load(offset_ptr + index)
         size = tl.where(number < 0, D, R)
         inside = columns < size
-        at = (tl.load(band_ptr + index).to(tl.int64) * P + place) * W + columns
+        of_slice = tl.load(band_ptr + index).to(tl.int64) * P + place
+        at = of_slice * W + columns
         bit = tl.load(bit_ptr + at, mask=inside, other=0)
         form = tl.load(form_ptr + at, mask=inside, other=0)
         base = tl.load(base_ptr + at, mask=inside, other=0)
         scale_at = tl.load(scale_ptr + at, mask=inside, other=-1)
         gain = tl.load(gain_ptr + at, mask=inside, other=0.0)
         width = form & 255
-        byte = row + (bit >> 3)
+        byte = bit >> 3
         shift = bit & 7
-        word = tl.load(byte, mask=width > 0, other=0).to(tl.int32)
-        word |= tl.load(byte + 1, mask=shift + width > 8, other=0).to(tl.int32) << 8
-        code = (word >> shift) & ((1 << tl.minimum(width, 8)) - 1)
-        coded = (width > 0) & (width <= 8)
+        word = tl.load(row + byte, mask=width > 0, other=0).to(tl.int32)
+        second = byte + 1
+        if HAS_RINGS:  # a window reads on from the slice's end to its first codes
+            end = tl.load(ring_ptr + 2 * of_slice)
+            size = tl.load(ring_ptr + 2 * of_slice + 1)
+            third = byte + 2
+            second = tl.where(second < end, second, second - size)
+            third = tl.where(third < end, third, third - size)
+            word |= tl.load(row + third, mask=(shift + width > 16) & (width < 16), other=0).to(tl.int32) << 16
+        word |= tl.load(row + second, mask=shift + width > 8, other=0).to(tl.int32) << 8
+        code = (word >> shift) & ((1 << tl.minimum(width, 15)) - 1)
+        coded = (width > 0) & (width < 16)
         value = tl.load(levels_ptr + base + code * (form >> 8), mask=coded, other=1.0)  # else the gain alone
         if HAS_NUMBERS:
-            high = tl.load(byte + 2, mask=width == 32, other=0).to(tl.int32)
-            high |= tl.load(byte + 3, mask=width == 32, other=0).to(tl.int32) << 8
+            high = tl.load(row + byte + 2, mask=width == 32, other=0).to(tl.int32)
+            high |= tl.load(row + byte + 3, mask=width == 32, other=0).to(tl.int32) << 8
             bits = tl.where(width == 32, word | (high << 16), word << 16)
             value = tl.where(width >= 16, bits.to(tl.float32, bitcast=True), value)
         scaled = scale_at >= 0
@@ -185,10 +194,11 @@ class KernelDecoder:
         self._rank = rank_of(bands)
         columns = max(hidden_size, self._rank)
         levels = Levels()
-        names = ("bit", "form", "base", "scale", "gain")
-        grids = {name: torch.zeros((len(bands), slices, columns), dtype=torch.int32) for name in names[:-1]}
+        names = ("bit", "form", "base", "scale", "gain", "ring")
+        grids = {name: torch.zeros((len(bands), slices, columns), dtype=torch.int32) for name in names[:-2]}
         grids["scale"] -= 1
         grids["gain"] = torch.zeros((len(bands), slices, columns))
+        grids["ring"] = torch.zeros((len(bands), slices, 2), dtype=torch.int32)
         means = torch.zeros((slices, hidden_size))
         bases, factors = self._bases(tensors, dtype=basis_dtype)
         for number, band in enumerate(bands):
@@ -202,12 +212,14 @@ class KernelDecoder:
                 grids["bit"][part], grids["base"][part] = places.bit.int(), places.base.int()
                 grids["form"][part] = (places.width | places.step << 8).int()
                 grids["scale"][part], grids["gain"][part] = places.scale.int(), places.gain
+                grids["ring"][number, place] = torch.stack((places.end[0], places.size[0])).int()
                 if coding.basis:
                     grids["gain"][part] *= factors[place][: coding.num_coefficients]
                     grids["gain"][number, place, self._rank - 2 : self._rank] = 1.0
                 elif of_slice.mean is not None:
                     means[place] = of_slice.mean
         self._numbers = bool(((grids["form"] & 255) >= 16).any())
+        self._rings = any(coding and coding.levels == "trellis" for band in bands for coding in band.slices)
         self._grids = [grids[name].to(device) for name in names]
         self._means, self._levels, self._scales = (t.to(device) for t in (means, levels.all(), all_scales()))
         basis_number = torch.full((slices,), -1, dtype=torch.int32)
@@ -290,7 +302,8 @@ class KernelDecoder:
             hot_slot, hot_table, *self._grids, self._means, self._basis_number, self._levels, self._scales, out,
             coefficients, pitch, count,
             P=slices, D=width, W=columns, R=self._rank, BY_TOKEN=chosen is not None, STAGED=offset is None,
-            HAS_HOT=hot is not None, HAS_BASIS=bool(self._based), HAS_NUMBERS=self._numbers, BLOCK=BLOCK,
+            HAS_HOT=hot is not None, HAS_BASIS=bool(self._based), HAS_NUMBERS=self._numbers, HAS_RINGS=self._rings,
+            BLOCK=BLOCK,
         )  # fmt: skip
         if self._based:
             product = torch.bmm(coefficients, self._basis)

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int, Int32, Int64, Shaped, UInt8
 from torch import Tensor
 
-from flexmemory.tol.coding import PLAIN, Coding, SliceTensors, all_scales, levels_of
+from flexmemory.tol.coding import PLAIN, Coding, SliceTensors, all_scales, gains_of, levels_of
 from flexmemory.tol.scheme import Band
+from flexmemory.tol.trellis import WINDOW, trellis_levels
 
 CHUNK_NUMBERS = 1 << 19
 """Coefficients decoded at once on a CPU: what is written in between stays in its cache."""
@@ -31,7 +32,10 @@ class Places:
     bit: Int64[Tensor, " N"]
     """The bit of the row at which the code begins."""
     width: Int64[Tensor, " N"]
-    """Bits of the code; 16 and 32 are a number's own bits."""
+    """Bits of the code, in a trellis of its window; 16 and 32 are a number's own bits."""
+    end: Int64[Tensor, " N"]
+    """The byte of the row after the last of the codes: from there windows read on `size` bytes before."""
+    size: Int64[Tensor, " N"]
     base: Int64[Tensor, " N"]
     """Where the levels begin: the level is `levels[base + code * step]`."""
     step: Int64[Tensor, " N"]
@@ -66,12 +70,12 @@ def places_of(coding: Coding, tensors: SliceTensors, levels: Levels, *, offset: 
     """Where the coefficients of a slice are that begins at byte `offset` of a row."""
     count = coding.num_coefficients
     bits, widths, bases, steps = [], [], [], []
-    at, done = offset + coding.num_scales, 0
+    at, done = 8 * (offset + coding.num_scales), 0
     for width, run in coding.widths:
         number = torch.arange(run)
         code = number // coding.vector
-        bits.append(8 * at + width * code)
-        widths.append(torch.full((run,), width))
+        bits.append(at + width * code)
+        widths.append(torch.full((run,), WINDOW if coding.levels == "trellis" else width))
         steps.append(torch.full((run,), coding.vector))
         if coding.levels in PLAIN:
             bases.append(torch.zeros(run, dtype=torch.int64))
@@ -79,21 +83,27 @@ def places_of(coding: Coding, tensors: SliceTensors, levels: Levels, *, offset: 
             assert tensors.codebook is not None
             start = levels.start(id(tensors.codebook), tensors.codebook.flatten().cpu())
             bases.append(start + (done + code) * 256 * coding.vector + number % coding.vector)
+        elif coding.levels == "trellis":
+            bases.append(torch.full((run,), levels.start("trellis", trellis_levels())))
         else:
             bases.append(
                 torch.full((run,), levels.start((coding.levels, width), levels_of(coding.levels, width).cpu()))
             )
         codes = run // coding.vector
-        at, done = at + -(-width * codes // 8), done + codes
+        at, done = at + width * codes, done + codes
+        if coding.levels != "trellis":
+            at = -(-at // 8) * 8
     scale = offset + torch.arange(count) // coding.group if coding.group else torch.full((count,), -1)
-    gain = torch.ones(count) if tensors.gain is None or coding.levels in PLAIN else tensors.gain.float().cpu()
+    gains = None if coding.levels in PLAIN else gains_of(coding, tensors)
     return Places(
         bit=torch.cat(bits),
         width=torch.cat(widths),
         base=torch.cat(bases),
         step=torch.cat(steps),
+        end=torch.full((count,), offset + coding.nbytes),
+        size=torch.full((count,), coding.nbytes - coding.num_scales),
         scale=scale,
-        gain=gain,
+        gain=torch.ones(count) if gains is None else gains.float().cpu(),
     )
 
 
@@ -111,7 +121,7 @@ def gpu_bytes(bands: Sequence[Band], tensors: Sequence[Sequence[SliceTensors]], 
     rank = rank_of(bands)
     based = sum(any(band.slices[p] and tensors[0][p].basis is not None for band in bands) for p in range(slices))
     columns = max(hidden_size, rank)
-    numbers = 5 * len(bands) * slices * columns + slices * hidden_size + len(levels.all()) + len(all_scales())
+    numbers = len(bands) * slices * (5 * columns + 2) + slices * hidden_size + len(levels.all()) + len(all_scales())
     return 4 * numbers + 2 * based * rank * hidden_size
 
 
@@ -228,11 +238,12 @@ class _BandDecoder:
         self._sizes = [len(part.bit) for part in parts[len(self._direct) :]]
         if not parts:
             return
-        bit, width, base, step, scale, gain = (
+        bit, width, end, size, base, step, scale, gain = (
             torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Places)
         )
+        bit, self._seams = _over_seams(bit, width, end, size, row_bytes=band.row_bytes)
         self._byte, self._shift = (bit >> 3).int(), (bit & 7).int()
-        self._crossing = bool(((bit & 7) + width > 8).any())
+        self._crossing = int((((bit & 7) + width.clamp(max=16) - 1) >> 3).max())
         self._raw = (width >= 16) if (width >= 16).any() else None
         self._wide = (width == 32) if (width == 32).any() else None
         self._mask = _one_or_all((1 << width.clamp(max=16)) - 1)
@@ -274,9 +285,10 @@ class _BandDecoder:
 
     def _coefficients(self, data: UInt8[Tensor, "U bytes"]) -> Float[Tensor, "U N"]:
         count = len(data)
-        words = data.int()
-        if self._crossing:
-            words[:, :-1] |= words[:, 1:] << 8
+        extended = data if self._seams is None else torch.cat((data, data[:, self._seams]), dim=1)
+        words = extended.int()
+        for further in range(1, self._crossing + 1):
+            words[:, :-further] |= extended[:, further:].int() << 8 * further
         codes = torch.empty((count, self.count), dtype=torch.int32)
         _take(words, self._byte, codes)
         bits = None
@@ -313,6 +325,25 @@ class _BandDecoder:
                 _take(scales, self._which, spread)
                 numbers *= spread
         return numbers if self._gain is None else numbers.mul_(self._gain)
+
+
+def _over_seams(
+    bit: Int64[Tensor, " N"],
+    width: Int64[Tensor, " N"],
+    end: Int64[Tensor, " N"],
+    size: Int64[Tensor, " N"],
+    *,
+    row_bytes: int,
+) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " seams"] | None]:
+    """Where codes begin if the last two bytes of each ring and its first two follow the row; these bytes."""
+    over = bit + width > 8 * end
+    if not over.any():
+        return bit, None
+    rings, which = torch.stack((end, end - size), dim=1)[over].unique(dim=0, return_inverse=True)
+    seams = rings.repeat_interleave(2, dim=1) + torch.tensor([-2, -1, 0, 1])
+    moved = bit.clone()
+    moved[over] += 8 * (row_bytes + 4 * which - seams[which, 0])
+    return moved, seams.flatten()
 
 
 def _one_or_all(values: Int64[Tensor, " N"]) -> Int32[Tensor, ...]:

@@ -268,7 +268,7 @@ def safe_gain(coding: Coding, *, spread: Float[Tensor, " N"], bound: Float[Tenso
     """
     spread = torch.maximum(spread, LEAST_SPREAD * spread.max()).clamp(min=1e-12)
     relative = bound / spread
-    if coding.levels in ("normal", "pq"):  # scales are about the root mean square, at most 13 steps above it
+    if coding.levels in ("normal", "trellis", "pq"):  # scales are about the root mean square, at most 13 steps above it
         most = relative.square().mean().sqrt() * 2 ** (13.5 / 16)
     else:  # scales are the largest number over the largest level, at most 4 steps above it
         top = levels_of(coding.levels, coding.widths[0][0]).abs().max()

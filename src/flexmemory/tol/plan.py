@@ -110,6 +110,7 @@ def make_plan(
     feedback: bool = True,
     passes: int = PASSES,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Plan:
     """Choose codings for all layers and bands.
 
@@ -124,6 +125,7 @@ def make_plan(
         feedback: Whether errors are fed back to later layers.
         passes: How often transforms and widths are fitted.
         seed: Of the sample of tokens, where not all fit in memory.
+        device: Where rows are coded.
 
     Raises:
         ValueError: the budget is too small, or a row is not finite.
@@ -164,7 +166,7 @@ def make_plan(
                 return dataclasses.replace(made, tensors=as_stored(made))
 
             scheme = _within(budget_bytes, [transform.choice for transform in transforms], sizes, scheme_of)
-            decoded = coded(scheme, sample)
+            decoded = coded(scheme, sample, device=device)
             targets = fed_back(sample.rows, decoded, back)
             predicted = float(sensitivity.rise(decoded - sample.rows, sample.share))
             logger.info(

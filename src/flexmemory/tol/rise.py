@@ -54,8 +54,11 @@ class Rise:
 
 
 @torch.inference_mode()
-def coded_rows(scheme: Scheme, source: RowSource, token_ids: Int64[Tensor, " U"]) -> Float[Tensor, "U P D"]:
-    """Rows of some tokens, encoded and decoded by a scheme whose tensors are those of a store."""
+def coded_rows(
+    scheme: Scheme, source: RowSource, token_ids: Int64[Tensor, " U"], *, device: torch.device | str = "cpu"
+) -> Float[Tensor, "U P D"]:
+    """Rows of some tokens, encoded and decoded on `device` by a scheme whose tensors are those of a store."""
+    scheme = scheme.moved(device)
     place = torch.empty(scheme.vocab_size, dtype=torch.int64)
     order = torch.arange(scheme.vocab_size) if scheme.order is None else scheme.order
     place[order] = torch.arange(scheme.vocab_size)
@@ -65,7 +68,7 @@ def coded_rows(scheme: Scheme, source: RowSource, token_ids: Int64[Tensor, " U"]
     rows = torch.empty(len(token_ids), len(slices), scheme.hidden_size)
     for band in band_of.unique().tolist():
         for chosen in (band_of == band).nonzero()[:, 0].split(CHUNK_TOKENS):
-            exact = source(token_ids[chosen])[:, slices].float()
+            exact = source(token_ids[chosen])[:, slices].to(device, torch.float32)
             rows[chosen] = scheme.decode(scheme.encode(exact, band), band).to(rows)
     return rows
 

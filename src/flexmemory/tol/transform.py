@@ -222,8 +222,9 @@ def _layer_tensors(
 
 
 @torch.inference_mode()
-def coded(scheme: Scheme, sample: Sample) -> Float[Tensor, "U L D"]:
-    """The sample's rows as they come back, by layer of the model."""
+def coded(scheme: Scheme, sample: Sample, *, device: torch.device | str = "cpu") -> Float[Tensor, "U L D"]:
+    """The sample's rows as they come back, by layer of the model; coded on `device`."""
+    scheme = scheme.moved(device)
     places = [scheme.embedding + scheme.layers.index(layer) for layer in range(len(scheme.layers))]
     rows = sample.rows[:, list(scheme.layers)]
     if scheme.embedding:
@@ -233,7 +234,7 @@ def coded(scheme: Scheme, sample: Sample) -> Float[Tensor, "U L D"]:
         where = sample.of(band)
         for first in range(where.start, where.stop, 4 * CHUNK_TOKENS):
             part = slice(first, min(first + 4 * CHUNK_TOKENS, where.stop))
-            found[part] = scheme.decode(scheme.encode(rows[part], band), band)[:, places]
+            found[part] = scheme.decode(scheme.encode(rows[part].to(device), band), band)[:, places].cpu()
     return found
 
 

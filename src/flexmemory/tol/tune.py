@@ -93,6 +93,7 @@ def tune(
     batch_size: int = 4,
     rates: dict[str, float] = RATES,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Scheme:
     """The scheme with tensors for which the loss is less, and the old ones to choose codes for.
 
@@ -105,8 +106,9 @@ def tune(
         batch_size: Windows a step.
         rates: Of Adam, for `mean`, `gain` and `basis`.
         seed: Of the order of windows.
+        device: Where codes are chosen; all else is done where the model is.
     """
-    data = _encoded(scheme, source)
+    data = _encoded(scheme, source, device=device)
     offset = int(scheme.embedding)
     slices = [_Slices(scheme, offset + number, data) for number in range(len(scheme.layers))]
     order = torch.arange(scheme.vocab_size) if scheme.order is None else scheme.order
@@ -145,15 +147,19 @@ def tune(
 
 
 @torch.inference_mode()
-def _encoded(scheme: Scheme, source: RowSource) -> list[Tensor]:
+def _encoded(scheme: Scheme, source: RowSource, *, device: torch.device | str) -> list[Tensor]:
     """Bytes of all tokens, by band."""
+    scheme = scheme.moved(device)
     order = torch.arange(scheme.vocab_size) if scheme.order is None else scheme.order
     slices = ([0] if scheme.embedding else []) + [1 + layer for layer in scheme.layers]
     data = []
     for number, ids in enumerate(order.split([band.tokens for band in scheme.bands])):
         data.append(
             torch.cat(
-                [scheme.encode(source(part)[:, slices].float(), number).cpu() for part in ids.split(CHUNK_TOKENS)]
+                [
+                    scheme.encode(source(part)[:, slices].to(device, torch.float32), number).cpu()
+                    for part in ids.split(CHUNK_TOKENS)
+                ]
             )
         )
     return [part.clone() for part in data]
