@@ -146,6 +146,22 @@ def test_damaged_and_foreign_files_are_refused(memory, tmp_path):
     written(stored | {"00000.ids": stored["00000.ids"] + 600})
     with pytest.raises(ValueError, match="out of range"):
         Patch.load(bad)
+    written(stored | {"00000.ids": stored["00000.ids"].float()})
+    with pytest.raises(ValueError, match=r"ids is of torch\.float32"):
+        Patch.load(bad)
+    written(stored | {"00000.numbers": stored["00000.numbers"].to(torch.float8_e5m2)})
+    with pytest.raises(ValueError, match=r"numbers is of torch\.float8"):
+        Patch.load(bad)
+    for change in ({"tokens": [0.5]}, {"tokens": ["a"]}, {"tokens": 3}, {"steps": [3]}, {"steps": 3}, {"shape": {}}):
+        written(stored, **change)
+        with pytest.raises(ValueError, match="damaged"):
+            Patch.load(bad)
+    written(stored, tokens=[-1])
+    with pytest.raises(ValueError, match="token id -1"):
+        Patch.load(bad)
+    save_file(stored, bad, {"flexmemory-patch": "[" * 100_000})
+    with pytest.raises(ValueError, match="damaged"):
+        Patch.load(bad)
     entry["steps"][0]["kind"] = "novel"
     written(stored)
     with pytest.raises(ValueError, match="novel"):

@@ -29,13 +29,17 @@ PAGES = {
     "map": "Neighbours on a map",
     "map?color=cluster&layer=2&space=embedding": "Neighbours on a map",
     "map?color=norm&layer=1": "‖row‖, layer 1",
+    "map?color=diff&with=other": "changed, the most first",
+    "map?color=diff&with=doubled.safetensors&layer=1": "1 changed, the most first",
     "clusters": "4 clusters of layer 0",
     "clusters/2/1": "Cluster 1 of layer 2",
     "layers": "What sticks out",
     "layers?layer=1&by=max": "Keys of layer 1",
     "prompt?text=the+red+dog&alphas=1,0,1": "What adds to its logit",
     "edit?op=scale_value&key=L1K17": "Applied in memory",
+    "edit?op=patch&patch=doubled.safetensors": "set rows of tokens 262 in layer 1",
     "diff": "Tokens that changed most",
+    "diff?with=store": "Tokens that changed most",
     "diff?with=other&token=300": "Its row in every layer",
 }
 """Addresses, and what the page then says."""
@@ -52,7 +56,7 @@ api = pytest.importorskip("playwright.sync_api", reason="playwright is not insta
 def address(explored) -> Iterator[str]:
     """A server of the nano explorer."""
     app = create_app(
-        explored.records, explored.live, checkpoint=explored.checkpoint, name="nano", compare=[explored.other]
+        explored.records, explored.live, checkpoint=explored.checkpoint, name="nano", compare=explored.compared
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
@@ -83,6 +87,7 @@ def page(browser):
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
+    page.said = said
     yield page
     context.close()
     assert said == []
@@ -158,7 +163,7 @@ def test_the_map_is_drawn_and_can_be_chosen_from(page, address):
 def test_edit_from_preview_to_take_back(page, address):
     open_page(page, address, "edit?op=scale_row&token=262&layer=1", "Applied in memory")
     page.locator("#preview").click()
-    page.get_by_text("No other token").wait_for()
+    page.locator(".verdict").get_by_text("No other token").wait_for()
     page.locator("#apply").click()
     page.locator("#notice").get_by_text("1 edit is applied").wait_for()
     open_page(page, address, "diff?with=edits+applied+here", "1 changed at all")
@@ -169,6 +174,31 @@ def test_edit_from_preview_to_take_back(page, address):
     page.locator("#revert").click()
     page.get_by_text("bit for bit").wait_for()
     assert page.locator("#notice").is_hidden()
+
+
+def test_a_patch_file_is_chosen_or_dropped_and_says_what_it_does(page, address, explored, tmp_path):
+    open_page(page, address, "edit?op=patch", "Applied in memory")
+    page.locator("#patchfile").set_input_files(explored.patch)
+    page.locator(".verdict").get_by_text("other tokens' rows move").wait_for()
+    page.get_by_text("Goes on").wait_for()
+    page.locator("#apply").click()
+    page.locator("#notice").get_by_text("1 edit is applied").wait_for()
+    open_page(page, address, "map?color=diff&with=edits+applied+here&layer=1", "1 changed, the most first")
+    open_page(page, address, "edit?op=patch", "Take back the last")
+    page.locator("#revert").click()
+    page.get_by_text("bit for bit").wait_for()
+    drop = """([name, bytes]) => {
+        const files = new DataTransfer();
+        files.items.add(new File([new Uint8Array(bytes)], name));
+        const event = new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true });
+        document.querySelector(".page").dispatchEvent(event);
+    }"""
+    page.evaluate(drop, ["cut.safetensors", list(explored.patch.read_bytes()[:-10])])
+    page.locator(".problem").get_by_text("cut.safetensors cannot be read as a patch").wait_for()
+    assert page.said.pop().startswith("Failed to load resource"), "the browser's own line about the refusal"
+    page.evaluate(drop, ["ours.safetensors", list(explored.patch.read_bytes())])
+    page.locator(".verdict").get_by_text("other tokens' rows move").wait_for()
+    assert "op=patch" in page.url
 
 
 def test_addresses_of_nothing_say_so(page, address):
@@ -204,6 +234,6 @@ def test_an_export_opens_from_any_server(page, explored, tmp_path):
             stack.callback(server.shutdown)
             address = f"http://127.0.0.1:{server.server_address[1]}/"
             for path, text in PAGES.items():
-                live = path.startswith(("prompt", "edit", "diff"))
+                live = path.startswith(("prompt", "edit", "diff", "map?color=diff"))
                 open_page(page, address, path, "needs the model" if live else text)
                 assert page.locator(".problem").count() == int(live), path

@@ -1,16 +1,19 @@
 """The bench: previews are exact, what is applied answers, what is taken back leaves no trace."""
 
+import base64
+
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from flexmemory.interpret.edit import Editor
+from flexmemory.interpret.apply import apply_to_checkpoint
 from flexmemory.interpret.kept import row_lengths
-from flexmemory.interpret.patch import Patch
+from flexmemory.interpret.patch import Patch, stack
 from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.model.checkpoint import Checkpoint
-from flexmemory.serve.comparing import comparable
+from flexmemory.serve.editing import MAX_PATCH_BYTES, Bench
+from flexmemory.serve.fields import Fields
 from flexmemory.serve.live import LiveModel
+from tests.serve.conftest import rows_of
 
 STEPS = {
     "scale_row": {"token": 300, "layer": 1, "factor": 0},
@@ -25,17 +28,6 @@ STEPS = {
 }
 ALONE = {"scale_row", "copy_row", "swap_rows", "steer_row", "scale_key_for"}
 """What changes named tokens' rows alone."""
-
-
-@pytest.fixture
-def bench(explored):
-    yield explored
-    while explored.get("/api/state")["applied"]:
-        explored.post("/api/edit/revert")
-
-
-def rows_of(model):
-    return model.compute_rows(torch.arange(512)).detach()
 
 
 @pytest.mark.parametrize("op", STEPS)
@@ -132,49 +124,6 @@ def test_counts_of_steps_are_bounded(bench):
     assert "count" in bench.refused("/api/edit/revert", count=0)
 
 
-def test_diff_with_another_checkpoint(explored):
-    here, there = rows_of(explored.checkpoint.load()), rows_of(Checkpoint.open(explored.other).load())
-    mask = torch.tensor(explored.records.index.tokens["kept"])
-    found = explored.post("/api/diff", **{"with": "other"})
-    moved, length = (there - here).norm(dim=2), here.norm(dim=2)
-    for place, layer in enumerate(found["layers"]):
-        expected = (moved[:, place].square().sum() / length[:, place].square().sum()).sqrt()
-        assert layer["relative"] == pytest.approx(float(expected), rel=1e-3)
-        assert layer["different"] == int(mask.sum())
-    share = (moved / length).amax(1).where(mask, 0)
-    assert found["tokens"][0][0] == int(share.argmax())
-    one = explored.post("/api/diff/token", **{"with": "other", "token": 300})["layers"][1]
-    assert one["moved"] == pytest.approx(float(moved[300, 1]), rel=1e-3)
-    assert one["lengths"] == pytest.approx([float(length[300, 1]), float(there[300, 1].norm())], rel=1e-3)
-    memory = TokenMemory(explored.checkpoint.load())
-    assert [t for t, _ in one["promoted"][0]] == [t for t, _ in memory.promoted(here[300, 1], count=12, mask=mask)]
-
-
-def test_diff_with_the_edits_names_the_edited_token_alone(bench):
-    assert bench.get("/api/state")["comparable"] == ["other"]
-    bench.post("/api/edit/apply", steps=[{"op": "scale_row", "token": 262, "layer": 1, "factor": 2}])
-    name = bench.get("/api/state")["comparable"][-1]
-    found = bench.post("/api/diff", **{"with": name})
-    assert [token for token, _, _ in found["tokens"]] == [262]
-    assert [layer["different"] for layer in found["layers"]] == [0, 1, 0]
-    assert found["tokens"][0][1] == pytest.approx(1, rel=1e-3)
-    assert "nothing called" in bench.refused("/api/diff", **{"with": "elsewhere"})
-
-
-def test_a_patch_can_be_compared_and_a_foreign_one_not(explored, tmp_path):
-    editor = Editor(explored.live.memory, explored.checkpoint)
-    editor.scale_row(5, layer=0, factor=0.0)
-    editor.patch.save(tmp_path / "ours")
-    found = comparable(tmp_path / "ours", explored.checkpoint)
-    assert isinstance(found, Patch)
-    assert found.fingerprint == editor.patch.fingerprint
-    with pytest.raises(ValueError, match="was made for"):
-        comparable(tmp_path / "ours", Checkpoint.open(explored.other))
-    save_file({"x": torch.zeros(1)}, tmp_path / "none")
-    with pytest.raises(ValueError, match="not a patch"):
-        comparable(tmp_path / "none", explored.checkpoint)
-
-
 def test_lengths_come_from_an_index_of_this_model(explored):
     """Means to four digits; edited tokens' own lengths exactly (above). What is of another model is computed."""
     live, records = explored.live, explored.records
@@ -203,3 +152,58 @@ def test_after_an_edit_a_preview_is_of_the_edited_model(bench):
         for token, at, size in again["worst"][:5]:
             assert size == pytest.approx(float(moved[token, at]), rel=2e-3, abs=1e-4)
         bench.post("/api/edit/revert", count=1)
+
+
+def in_base64(path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def test_a_patch_file_is_tried_applied_and_taken_back(bench):
+    sent = {"file": in_base64(bench.patch), "name": "doubled.safetensors"}
+    found = bench.post("/api/edit/preview", **sent, text="the red dog")
+    assert found == bench.post("/api/edit/preview", patch="doubled.safetensors", text="the red dog")
+    assert found["what"] == ["set rows of tokens 262 in layer 1", "set one of the values, 5 of layer 0"]
+    assert [entry["layer"] for entry in found["layers"]] == [0, 1]
+    assert found["tokens"] == [262]
+    assert found["others"] > 0
+    before = rows_of(bench.live.model)
+    bench.post("/api/edit/apply", **sent)
+    expected = Patch.load(bench.patch).apply(bench.checkpoint.load())
+    assert torch.equal(rows_of(bench.live.model), rows_of(expected))
+    moved = (rows_of(expected) - before).norm(dim=2)
+    for token, layer, size in found["worst"][:5]:
+        assert size == pytest.approx(float(moved[token, layer]), rel=2e-3, abs=1e-4)
+    bench.post("/api/edit/apply", steps=[{"op": "scale_row", **STEPS["scale_row"]}])
+    bench.post("/api/edit/revert", count=2)
+    assert torch.equal(rows_of(bench.live.model), before)
+
+
+def test_patches_that_do_not_fit_are_refused_with_the_reason(bench, tmp_path):
+    other = Checkpoint.open(bench.other)
+    for name, checkpoint in (("foreign", other), ("nobody's", None)):
+        with TokenMemory(other.load()).edit(checkpoint) as edit:
+            edit.scale_row(5, layer=0, factor=0.0)
+        edit.patch.save(tmp_path / name)
+    whole = bench.patch.read_bytes()
+    (tmp_path / "cut").write_bytes(whole[:-10])
+    (tmp_path / "large").write_bytes(bytes(MAX_PATCH_BYTES + 1))
+    for name, reason in {
+        "foreign": f"was made for checkpoint {other.fingerprint[:12]}, not for that of model",
+        "nobody's": "a model that was in memory only",
+        "cut": "cut cannot be read as a patch",
+        "large": f"at most {MAX_PATCH_BYTES}",
+    }.items():
+        for verb in ("preview", "apply", "continued"):
+            file = in_base64(tmp_path / name)
+            assert reason in bench.refused(f"/api/edit/{verb}", file=file, name=name, text=""), name
+    assert "not in base64" in bench.refused("/api/edit/preview", file="...")
+    assert "no patch called 'elsewhere'" in bench.refused("/api/edit/preview", patch="elsewhere")
+    assert bench.get("/api/state")["applied"] == []
+
+
+def test_a_patch_for_the_model_before_edits_fits_too(explored, tmp_path):
+    edited = apply_to_checkpoint(explored.checkpoint, [Patch.load(explored.patch)], tmp_path / "edited")
+    bench = Bench(LiveModel(edited, explored.records), explored.records, edited, patches={})
+    bench.apply(Fields({"steps": [{"op": "scale_row", **STEPS["scale_row"]}]}))
+    bench.apply(Fields({"file": in_base64(explored.patch)}))
+    assert stack(bench.applied).base == edited.fingerprint

@@ -5,8 +5,9 @@ import json
 import pytest
 from starlette.testclient import TestClient
 
+from flexmemory.serve.editing import MAX_PATCH_BYTES
 from flexmemory.serve.explorer import hosts_of
-from flexmemory.serve.guard import MAX_BODY_BYTES, host_name
+from flexmemory.serve.guard import host_name
 
 
 def test_every_response_forbids_other_sources(explored):
@@ -79,11 +80,13 @@ def test_bodies_that_a_form_could_send_are_refused(explored, kind):
 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_large_bodies_are_refused_before_they_are_read(explored, chunked):
-    body = json.dumps({"text": "a" * MAX_BODY_BYTES}).encode()
-    content = (body[i : i + 4096] for i in range(0, len(body), 4096)) if chunked else body
+    most = explored.client.app.max_body_bytes
+    body = json.dumps({"text": "a" * most}).encode()
+    content = (body[i : i + 2**20] for i in range(0, len(body), 2**20)) if chunked else body
     response = explored.client.post("/api/prompt", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 413
-    assert str(MAX_BODY_BYTES) in response.json()["error"]
+    assert most > MAX_PATCH_BYTES
+    assert str(most) in response.json()["error"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"text": NaN}', b'{"text": "\\ud800"}'])

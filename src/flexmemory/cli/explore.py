@@ -34,8 +34,8 @@ def explore(
         checkpoint: A checkpoint or run folder.
         index: Folder of the index; by default beside the checkpoint, with `index-` before its name.
         counts: A folder that `flexmemory prepare` wrote with the model's tokenizer, for an index that must be built.
-        compare: Another checkpoint of the same shape and tokenizer, or a patch, for the page Diff; may be given several
-            times.
+        compare: Another checkpoint of the same shape and tokenizer, a ToL store or a patch, for the page Diff; patches
+            can be tried on the page Edit, too. May be given several times.
         port: Where to serve; 0 takes a free port.
         host: Address to listen at. Whoever reaches it can run the model: by default this machine alone.
         open: Open a browser.

@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from flexmemory.model.checkpoint import fingerprint_of
@@ -27,6 +27,8 @@ from flexmemory.storage import publish_file
 
 FORMAT = "flexmemory-patch"
 FORMAT_VERSION = 1
+IDS = (torch.int64, torch.int32)
+NUMBERS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 EVERY_LAYER = -1
 """The layer of an embedding, which all layers see."""
 
@@ -139,24 +141,34 @@ class Patch:
         """
         if not path.is_file():
             raise FileNotFoundError(f"no patch at {path}; `flexmemory edit` writes them")
+        return cls.from_bytes(path.read_bytes(), name=str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str) -> Patch:
+        """Read the content of a patch file, called `name` in errors; what is in it is checked, whoever made it.
+
+        Raises:
+            ValueError: it is damaged, no patch, or of a newer format.
+        """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if FORMAT not in metadata:
-                    raise ValueError(f"{path} is not a patch: its header has no {FORMAT!r}")
-                header = json.loads(metadata[FORMAT])
-                if (version := header.pop("format_version")) > FORMAT_VERSION:
-                    raise ValueError(
-                        f"{path} has patch format {version}; this version reads up to {FORMAT_VERSION}: "
-                        "update flexmemory"
-                    )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = load(data)
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+            if FORMAT not in metadata:
+                raise ValueError(f"{name} is not a patch: its header has no {FORMAT!r}")
+            header = json.loads(metadata[FORMAT])
+            if (version := header.pop("format_version")) > FORMAT_VERSION:
+                raise ValueError(
+                    f"{name} has patch format {version}; this version reads up to {FORMAT_VERSION}: update flexmemory"
+                )
             return cls._parsed(header, tensors)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as a patch ({error}); it is damaged") from error
+        except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError(f"{name} cannot be read as a patch ({error}); it is damaged") from error
 
     @classmethod
     def _parsed(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Patch:
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (IDS if name.endswith(".ids") else NUMBERS):
+                raise TypeError(f"{name} is of {tensor.dtype}")
         steps = [
             Step(
                 kind=entry["kind"],
@@ -168,8 +180,11 @@ class Patch:
             for number, entry in enumerate(header.pop("steps"))
         ]
         patch = cls(steps=tuple(steps), **{**header, "tokens": tuple(header["tokens"]), "what": tuple(header["what"])})
+        if not all(isinstance(number, int) for number in (*patch.tokens, *(step.layer for step in steps))):
+            raise TypeError("tokens and layers are whole numbers")
         for step in patch.steps:
             check_step(step, patch.shape)
+        check_token_ids(torch.tensor(patch.tokens, dtype=torch.int64), patch.shape["vocab_size"])
         return patch
 
 

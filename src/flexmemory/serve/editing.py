@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import base64
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flexmemory.interpret.edit import Editor
-from flexmemory.interpret.patch import Patch, stack
+from flexmemory.interpret.patch import Patch, check_base, stack
 from flexmemory.interpret.precise import precise_rows
 from flexmemory.interpret.promotion import direction_of
 from flexmemory.interpret.spill import Spill, spill
@@ -21,6 +24,8 @@ from flexmemory.serve.records import Records, rounded
 
 MAX_STEPS = 16
 MAX_PATCHES = 64
+MAX_PATCH_BYTES = 32 << 20
+"""Of a file that is loaded."""
 MAX_SET = 64
 """Tokens to suppress at once."""
 MAX_LOWERED = 512
@@ -34,12 +39,15 @@ WORST = 64
 class Bench:
     """Edits of one live model."""
 
-    def __init__(self, live: LiveModel, records: Records, checkpoint: Checkpoint) -> None:
-        """Edit what `live` answers with; patches name `checkpoint` as their base."""
+    def __init__(
+        self, live: LiveModel, records: Records, checkpoint: Checkpoint, *, patches: Mapping[str, Patch]
+    ) -> None:
+        """Edit what `live` answers with; patches name `checkpoint` as their base, and so do those that have names."""
         self.live = live
         self.base = live.model
         """The model of the checkpoint."""
         self._checkpoint = checkpoint
+        self._patches = patches
         self._counts = counts_of(records)
         self.applied: list[Patch] = []
 
@@ -54,8 +62,9 @@ class Bench:
         }
 
     def state(self) -> dict[str, Any]:
-        """What is applied, the oldest first."""
-        return {"applied": [{"what": list(patch.what), "bytes": patch.nbytes} for patch in self.applied]}
+        """What is applied, the oldest first, and the patches that can be named."""
+        applied = [{"what": list(patch.what), "bytes": patch.nbytes} for patch in self.applied]
+        return {"applied": applied, "patches": list(self._patches), "max_patch_bytes": MAX_PATCH_BYTES}
 
     def preview(self, fields: Fields) -> dict[str, Any]:
         """What steps would do: who moves, by how much, and what the model says of `text` before and after.
@@ -69,6 +78,7 @@ class Bench:
             moved = spill(live.memory, patch, kept=live.kept, progress=False)
             return {
                 "what": list(patch.what),
+                "description": patch.description,
                 "bytes": patch.nbytes,
                 "rows_only": patch.rows_only,
                 "tokens": list(patch.tokens[:WORST]),
@@ -111,8 +121,7 @@ class Bench:
                 raise ValueError(
                     f"{MAX_PATCHES} edits are applied; save the patch and start from the edited checkpoint"
                 )
-            self.applied.append(self.patch_of(fields))
-            self._use()
+            self._use([*self.applied, self.patch_of(fields)])
             return self.state()
 
     def revert(self, fields: Fields) -> dict[str, Any]:
@@ -121,8 +130,7 @@ class Bench:
             count = fields.integer("count", 1)
             if not 1 <= count <= max(1, len(self.applied)):
                 raise ValueError(f"count should be 1 to {len(self.applied)}, got {count}")
-            del self.applied[-count:]
-            self._use()
+            self._use(self.applied[:-count])
             return self.state()
 
     def saved(self, fields: Fields) -> bytes:
@@ -135,11 +143,20 @@ class Bench:
             return stack(self.applied).to_bytes()
 
     def patch_of(self, fields: Fields) -> Patch:
-        """The patch that steps make, on top of those that are applied.
+        """The patch of a request: a file in base64 (`file`), one that has a name (`patch`), or what `steps` make.
+
+        Steps are made on top of what is applied.
 
         Raises:
-            ValueError: a step is impossible, or there are too many.
+            ValueError: a step is impossible, or there are too many; a file is no patch, or of another checkpoint.
         """
+        if file := fields.text("file", ""):
+            return self._of_file(file, name=fields.text("name", "the file")[:100])
+        if named := fields.text("patch", ""):
+            if named not in self._patches:
+                known = ", ".join(self._patches) or "none: start with --compare PATCH, or send a file"
+                raise ValueError(f"there is no patch called {named[:60]!r}; there is {known}")
+            return self._fitting(self._patches[named])
         steps = fields.objects("steps")
         if not 1 <= len(steps) <= MAX_STEPS:
             raise ValueError(f"expected 1 to {MAX_STEPS} steps, got {len(steps)}")
@@ -148,8 +165,28 @@ class Bench:
             take(editor, step, counts=self._counts)
         return editor.patch
 
-    def _use(self) -> None:
-        self.live.use(stack(self.applied).apply(self.base) if self.applied else self.base)
+    def _of_file(self, file: str, *, name: str) -> Patch:
+        try:
+            content = base64.b64decode(file, validate=True)
+        except ValueError as error:
+            raise ValueError(f"{name} is not in base64 ({error})") from error
+        if len(content) > MAX_PATCH_BYTES:
+            raise ValueError(f"{name} has {len(content)} bytes; at most {MAX_PATCH_BYTES} are taken")
+        return self._fitting(Patch.from_bytes(content, name=name))
+
+    def _fitting(self, patch: Patch) -> Patch:
+        """The patch, found to be of this checkpoint or of one that it was edited from."""
+        check_base(
+            patch,
+            fingerprints=[self._checkpoint.fingerprint, *self._checkpoint.lineage],
+            tokenizer=self._checkpoint.tokenizer_fingerprint,
+            target=Path(self._checkpoint.path.name),
+        )
+        return dataclasses.replace(patch, base=self._checkpoint.fingerprint)
+
+    def _use(self, patches: list[Patch]) -> None:
+        self.live.use(stack(patches).apply(self.base) if patches else self.base)
+        self.applied = patches
 
 
 def counts_of(records: Records) -> Tensor | None:

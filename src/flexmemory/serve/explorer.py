@@ -32,11 +32,12 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from flexmemory.interpret.patch import Patch
 from flexmemory.model.checkpoint import Checkpoint
-from flexmemory.serve.comparing import Comparison
-from flexmemory.serve.editing import Bench
+from flexmemory.serve.comparing import Comparison, all_comparable
+from flexmemory.serve.editing import MAX_PATCH_BYTES, Bench
 from flexmemory.serve.fields import Fields
-from flexmemory.serve.guard import LOOPBACK, Guard, refused
+from flexmemory.serve.guard import LOOPBACK, MAX_BODY_BYTES, Guard, refused
 from flexmemory.serve.listening import address, listen
 from flexmemory.serve.live import LiveModel
 from flexmemory.serve.records import Records, to_json
@@ -61,15 +62,17 @@ def create_app(
         live: The model of that index.
         checkpoint: What both were made from.
         name: Of the model, for reading.
-        compare: Checkpoints and patches for the page Diff.
+        compare: Checkpoints, stores and patches for the page Diff; patches can be tried on the bench too.
         hosts: Names and addresses under which it is served.
 
     Raises:
         FileNotFoundError: there is nothing at one of `compare`.
         ValueError: one of `compare` is of another model.
     """
-    bench = Bench(live, records, checkpoint)
-    comparison = Comparison(bench, checkpoint, others=compare)
+    others = all_comparable(compare, checkpoint)
+    patches = {called: other for called, other in others.items() if isinstance(other, Patch)}
+    bench = Bench(live, records, checkpoint, patches=patches)
+    comparison = Comparison(bench, others)
     verbs = {**live.verbs(), **bench.verbs(), **comparison.verbs()}
     documents = {
         "meta": lambda: records.meta() | live.meta() | {"name": name, "live": True},
@@ -94,7 +97,10 @@ def create_app(
         ],
         exception_handlers={HTTPException: _failed, ValueError: _failed, Exception: _broken},
     )
-    return Guard(app, hosts=hosts)  # outside of Starlette's own handlers, so that their answers pass it too
+    body = MAX_BODY_BYTES + 4 * MAX_PATCH_BYTES // 3  # in base64
+    return Guard(
+        app, hosts=hosts, max_body_bytes=body
+    )  # outside of Starlette's own handlers, so that their answers pass it too
 
 
 def _json(value: Any) -> Response:

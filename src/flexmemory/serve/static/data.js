@@ -98,6 +98,10 @@ export async function post(verb, fields, signal) {
   return type.startsWith("application/json") ? response.json() : response.blob();
 }
 
+// How far each token's row of a layer ("-1": of any) is from ours, over the length of ours; edits change it.
+export const differences = async (name, layer) =>
+  new Float32Array(await (await post("diff/sizes", { with: name, layer: Number(layer) })).arrayBuffer());
+
 export const shown = (id) => tokens.shown[id] ?? `T${id}`;
 export const kind = (id) => tokens.kinds[tokens.kind[id]];
 export const isKept = (id) => tokens.kept[id] === "1";

@@ -112,9 +112,10 @@ export function report(found, ahead) {
         "p",
         { class: "hint" },
         `${whole(found.bytes)} bytes of numbers: `,
-        found.what.slice(0, 3).join("; "),
-        found.what.length > 3 ? ` and ${found.what.length - 3} more` : "",
+        found.what.slice(0, 8).join("; "),
+        found.what.length > 8 ? ` and ${found.what.length - 8} more` : "",
       ),
+      found.description ? h("p", {}, found.description) : null,
     ),
   ].filter(Boolean);
 }

@@ -27,7 +27,7 @@ export async function draw(box, _, params) {
         h("strong", {}, "Nothing to compare with. "),
         "Start with ",
         h("code", {}, "flexmemory explore CHECKPOINT --compare OTHER"),
-        " (a checkpoint of the same shape and tokenizer, or a patch), or apply an edit on the page Edit.",
+        " (a checkpoint of the same shape and tokenizer, a store or a patch), or apply an edit on the page Edit.",
       ),
     );
   }
@@ -56,6 +56,7 @@ export async function draw(box, _, params) {
           name,
           (to) => go("diff", { with: to, token: params.token }),
         ),
+        data.meta.spaces.length ? h("a", { href: address("map", { color: "diff", with: name }) }, "on the map") : null,
       ),
     ),
     body,

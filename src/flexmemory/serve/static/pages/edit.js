@@ -43,6 +43,7 @@ const EDITS = {
     ["tokens", "level", "layer", "strength", "count"],
     "Lowers the values (for all tokens) or rows that most promote some tokens.",
   ],
+  patch: ["Load a patch", ["patch"], "What a patch file of this checkpoint does; drop one here, or choose it."],
 };
 const FIELDS = {
   token: ["token", "text"],
@@ -69,6 +70,8 @@ export async function draw(box, _, params) {
     throw new data.Failure(
       "a dense model has no rows to edit: its FFN reads the residual stream, so no token has one output",
     );
+  const now = await data.state();
+  const patches = now.patches;
   const state = { ...DEFAULTS, ...params };
   if (!(state.op in EDITS)) state.op = params.key ? "scale_value" : "steer_row";
   if (state.token === undefined) state.token = String(data.find("␣London", 1)[0] ?? 1);
@@ -87,7 +90,27 @@ export async function draw(box, _, params) {
         ]),
       ),
     );
-  const step = () => stepOf(state);
+  // What is asked: a file, a patch that the server knows, or steps.
+  let file = null;
+  const asked = () => {
+    if (state.op !== "patch") return { steps: [stepOf(state)] };
+    if (state.patch) return { patch: state.patch };
+    if (!file) throw new data.Failure("no patch was chosen");
+    return { file: file.content, name: file.name };
+  };
+  const load = (given) =>
+    attempt(async () => {
+      if (given.size > now.max_patch_bytes)
+        throw new data.Failure(
+          `${given.name} has ${whole(given.size)} bytes; at most ${whole(now.max_patch_bytes)} are taken`,
+        );
+      if (!given.size) throw new data.Failure(`${given.name} is empty`);
+      file = { name: given.name, size: given.size, content: await inBase64(given) };
+      Object.assign(state, { op: "patch", patch: "" });
+      save();
+      draft();
+      await preview();
+    });
 
   const draft = () => {
     const [, fields, what] = EDITS[state.op];
@@ -114,6 +137,35 @@ export async function draw(box, _, params) {
             state.level = value;
             save();
           },
+        );
+      if (name === "patch")
+        return h(
+          "div",
+          { class: "line" },
+          patches.length
+            ? choice("patch", [["", "a file"], ...patches.map((one) => [one, one])], state.patch ?? "", (value) => {
+                state.patch = value;
+                save();
+                draft();
+                if (value) preview();
+              })
+            : null,
+          state.patch
+            ? null
+            : [
+                h(
+                  "label",
+                  { class: "field" },
+                  h("span", {}, "file"),
+                  h("input", {
+                    type: "file",
+                    id: "patchfile",
+                    accept: ".safetensors",
+                    onchange: (event) => event.target.files.length && load(event.target.files[0]),
+                  }),
+                ),
+                file ? h("span", { class: "told" }, `${file.name}, ${whole(file.size)} bytes`) : null,
+              ],
         );
       const [label, type] = FIELDS[name];
       const told = h("span", { class: "told" });
@@ -193,21 +245,21 @@ export async function draw(box, _, params) {
   };
   const preview = () =>
     attempt(async () => {
-      const asked = { steps: [step()], text: state.text };
+      const what = { ...asked(), text: state.text };
       result.replaceChildren(h("p", { class: "loading" }, "Computing every row that moves …"));
-      const found = await data.post("edit/preview", asked);
+      const found = await data.post("edit/preview", what);
       const count = Number(state.length);
       const ahead = count ? h("p", { class: "loading" }, "Going on …") : null;
       result.replaceChildren(...report(found, ahead));
       if (count)
-        ahead.replaceWith(goesOn((await data.post("edit/continued", { ...asked, max_new_tokens: count })).continued));
+        ahead.replaceWith(goesOn((await data.post("edit/continued", { ...what, max_new_tokens: count })).continued));
     });
-  const apply = () => attempt(async () => changed(await data.post("edit/apply", { steps: [step()] })));
-  const changed = (now) => {
+  const apply = () => attempt(async () => changed(await data.post("edit/apply", asked())));
+  const changed = (state) => {
     data.forget("api/row/");
     data.forget("api/similar/");
-    announce(now);
-    applied(now);
+    announce(state);
+    applied(state);
   };
   const applied = ({ applied: patches }) =>
     bench.replaceChildren(
@@ -258,7 +310,7 @@ export async function draw(box, _, params) {
     );
 
   draft();
-  applied(await data.state());
+  applied(now);
   result.append(
     h(
       "p",
@@ -285,7 +337,21 @@ export async function draw(box, _, params) {
       result,
     ),
   );
+  box.addEventListener("dragover", (event) => event.preventDefault());
+  box.addEventListener("drop", (event) => {
+    event.preventDefault();
+    if (event.dataTransfer.files.length) load(event.dataTransfer.files[0]);
+  });
+  if (state.op === "patch" && state.patch) preview();
 }
+
+const inBase64 = (file) =>
+  new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => reject(new data.Failure(`${file.name} cannot be read`));
+    reader.readAsDataURL(file);
+  });
 
 function idOf(typed) {
   const wanted = typed.trim();

@@ -9,24 +9,39 @@ const COLORS = [
   ["kind", "kind of token"],
   ["cluster", "cluster"],
   ["norm", "length of the row"],
+  ["diff", "difference"],
 ];
 const LISTED = 120;
+const MARKED = 100;
+
+const layersOf = (color) => [
+  ...(color === "diff" ? [[-1, "the most changed"]] : []),
+  ...(color === "cluster" ? data.meta.cluster_layers : data.meta.layers).map((one) => [one, one]),
+];
 
 export async function draw(box, _, params) {
   const { spaces, cluster_layers: clustered, layers } = data.meta;
   if (!spaces.length) throw new data.Failure("the index holds no maps");
+  const comparable = data.meta.live && data.meta.can_scale ? (await data.state()).comparable : [];
   const state = {
     space: spaces.includes(params.space)
       ? params.space
       : (spaces.find((name) => name.startsWith("layer")) ?? spaces[0]),
     color: COLORS.some(([name]) => name === params.color) ? params.color : "kind",
-    layer: Number(params.layer ?? layers[0]),
+    layer: Number(params.layer ?? (params.color === "diff" ? -1 : layers[0])),
+    with: comparable.includes(params.with) ? params.with : comparable[0],
     only: params.only ?? "",
     find: params.find ?? "",
     at: params.at ?? "",
   };
   if (state.color === "cluster" && !clustered.includes(state.layer)) state.layer = clustered[0];
-  if (!layers.includes(state.layer)) state.layer = layers[0];
+  if (state.color === "diff" && !comparable.length)
+    throw new data.Failure(
+      data.meta.live
+        ? "there is nothing to compare with: start with --compare, or apply an edit on the page Edit"
+        : "a difference needs the model: run flexmemory explore",
+    );
+  if (!layers.includes(state.layer)) state.layer = state.color === "diff" ? -1 : layers[0];
   box.dataset.title = `Map of ${state.space}`;
   const places = await data.map(state.space);
   const legend = h("div", { class: "maplegend" }),
@@ -44,19 +59,21 @@ export async function draw(box, _, params) {
       ...state,
       color: state.color === "kind" ? null : state.color,
       layer: state.color === "kind" ? null : state.layer,
+      with: state.color === "diff" ? state.with : null,
     });
   const again = (change) => go("map", { ...state, only: "", ...change });
   const list = (ids, name) => chosen.replaceChildren(...listed(ids, name));
+  let changed = null;
   const paint = async () => {
     const painted = await coloured(state);
     plot.setColors(painted.colors, painted.hidden);
-    legend.replaceChildren(
-      ...painted.legend((group) => {
-        state.only = String(group) === state.only ? "" : String(group);
-        save();
-        paint();
-      }, state.only),
-    );
+    changed = painted.changed;
+    const chooseGroup = (group) => {
+      state.only = String(group) === state.only ? "" : String(group);
+      save();
+      paint();
+    };
+    legend.replaceChildren(...painted.legend(chooseGroup, state.only).filter(Boolean));
   };
   const search = (query, move) => {
     state.find = query;
@@ -65,7 +82,13 @@ export async function draw(box, _, params) {
     plot.setMarks(found);
     if (found.length && move) plot.show(found.slice(0, 1));
     if (query) list(found, `like “${query}”`);
-    else list([], "");
+    else rest();
+  };
+  // Nothing searched or selected: of a difference, the tokens that changed, marked where they are few.
+  const rest = () => {
+    if (!changed) return list([], "");
+    plot.setMarks(changed.length <= MARKED ? changed : []);
+    list(changed, "changed, the most first");
   };
   const field = h("input", {
     type: "search",
@@ -134,15 +157,23 @@ export async function draw(box, _, params) {
         ),
         choice(
           "colour",
-          COLORS.filter(([name]) => name !== "cluster" || clustered.length),
+          COLORS.filter(([name]) => !{ cluster: !clustered.length, diff: !comparable.length }[name]),
           state.color,
-          (color) => again({ color }),
+          (color) => again({ color, layer: color === "diff" ? -1 : Math.max(0, state.layer) }),
         ),
+        state.color === "diff"
+          ? choice(
+              "with",
+              comparable.map((name) => [name, name]),
+              state.with,
+              (name) => again({ with: name }),
+            )
+          : null,
         state.color === "kind"
           ? null
           : choice(
               "layer",
-              (state.color === "cluster" ? clustered : layers).map((one) => [one, one]),
+              layersOf(state.color),
               state.layer,
               (layer) => again({ layer }),
             ),
@@ -170,7 +201,7 @@ export async function draw(box, _, params) {
   );
   await paint();
   if (state.find) search(state.find, false);
-  else list([], "");
+  else rest();
   const view = state.at.split(",").map(Number);
   if (view.length === 3 && view.every(Number.isFinite)) {
     plot.view = { x: view[0], y: view[1], zoom: Math.max(0.5, Math.min(400, view[2])) };
@@ -210,33 +241,35 @@ function listed(ids, name) {
   ];
 }
 
-async function coloured({ color, layer, only }) {
+async function coloured(state) {
+  const { color, layer, only } = state;
   const count = data.meta.vocab_size;
   const colors = new Uint8Array(4 * count),
     hidden = new Uint8Array(count);
   const put = (id, rgb, alpha) => colors.set([...rgb, alpha], 4 * id);
-  if (color === "norm") {
-    const norms = await data.norms(layer);
-    const sorted = norms.filter((_, id) => data.isKept(id)).sort();
-    const low = sorted[Math.floor(0.01 * (sorted.length - 1))],
-      high = sorted[Math.floor(0.99 * (sorted.length - 1))];
-    for (let id = 0; id < count; id++) {
-      hidden[id] = data.isKept(id) ? 0 : 1;
-      put(id, ofScale((norms[id] - low) / (high - low || 1)), hidden[id] ? 0 : 210);
+  if (color === "norm" || color === "diff") {
+    const values = color === "norm" ? await data.norms(layer) : await data.differences(state.with, layer);
+    const ids = [...Array(count).keys()].filter((id) => data.isKept(id));
+    const told = color === "norm" ? ids : ids.filter((id) => values[id] > 0).sort((a, b) => values[b] - values[a]);
+    const sorted = Float32Array.from(told, (id) => values[id]).sort();
+    const at = (share) => sorted[Math.floor(share * (sorted.length - 1))] ?? 0;
+    const [low, high] = [color === "norm" ? at(0.01) : 0, at(0.99)];
+    hidden.fill(1);
+    for (const id of ids) {
+      hidden[id] = 0;
+      if (color === "diff") put(id, [150, 150, 150], 40);
     }
+    for (const id of told) put(id, ofScale((values[id] - low) / (high - low || 1)), 210);
     const steps = [...Array(32).keys()].map((i) => h("b", { style: { background: css(ofScale(i / 31)) } }));
+    const name = color === "norm" ? `‖row‖, layer ${layer}, 1–99 %` : "‖change‖ / ‖row‖, to 99 %";
     return {
       colors,
       hidden,
+      changed: color === "diff" ? told : null,
       legend: () => [
         h("div", { class: "scale" }, steps),
-        h(
-          "div",
-          { class: "ends" },
-          h("span", {}, number(low)),
-          h("span", {}, `‖row‖, layer ${layer}, 1–99 %`),
-          h("span", {}, number(high)),
-        ),
+        h("div", { class: "ends" }, h("span", {}, number(low)), h("span", {}, name), h("span", {}, number(high))),
+        color === "diff" ? h("p", { class: "hint" }, "grey: not changed by a bit") : null,
       ],
     };
   }
