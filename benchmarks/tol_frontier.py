@@ -33,7 +33,10 @@ from flexmemory.tol.sensitivity import cached_sensitivity
 from flexmemory.train.data import TokenDataset, TokenStream
 from flexmemory.train.frequency import token_counts
 
-CODECS = ("bf16", "int8", "fp8", "normal6", "normal4", "nf4", "int4", "normal3", "normal2", "pq4x8", "normal1", "pq8x8")
+CODECS = (
+    "bf16", "int8", "fp8", "normal6", "trellis4", "normal4", "nf4", "int4", "trellis3", "normal3", "trellis2",
+    "normal2", "pq4x8", "trellis1", "normal1", "pq8x8",
+)  # fmt: skip
 TOGETHER = 4
 """Variants that exist at once."""
 SHARES = (2, 4, 8, 14)
@@ -152,6 +155,7 @@ def main() -> None:
         if report["checkpoint_fingerprint"] != bench.checkpoint.fingerprint:
             parser.error(f"{args.out} is of another checkpoint; choose another file or remove it")
     done = {each["name"] for each in report["results"]}
+    names = [name for _, name, _ in entries(bench)]
     wanted = [entry for entry in entries(bench) if entry[1] not in done]
     for first in range(0, len(wanted), TOGETHER):
         made = [(kind, name, *make()) for kind, name, make in wanted[first : first + TOGETHER]]
@@ -185,6 +189,7 @@ def main() -> None:
                 "perplexity": math.exp(found.loss),
                 "provenance": provenance(),
             }
+        report["results"].sort(key=lambda each: names.index(each["name"]))
         args.out.write_text(json.dumps(report, indent=2) + "\n")
     draw(report, args.out.with_suffix(".png"))
 

@@ -94,6 +94,15 @@ def test_memory_does_not_change_what_is_found(monkeypatch):
     assert torch.equal(search(numbers, weight, MIXED), whole)
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_codes_as_good():
+    numbers, weight = normal(40, 32, seed=7), torch.rand(32, generator=torch.Generator().manual_seed(8)) + 0.1
+    found = search(numbers.cuda(), weight.cuda(), MIXED).cpu()
+    assert torch.equal(decode_windows(encode_windows(found, MIXED), MIXED), found)
+    expected = cost(numbers, search(numbers, weight, MIXED), weight, MIXED)
+    torch.testing.assert_close(cost(numbers, found, weight, MIXED), expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("bits", "share"), [(1, 0.78), (2, 0.65), (3, 0.58), (4, 0.55), (5, 0.55), (6, 0.56), (8, 0.2)]
 )
