@@ -1,12 +1,15 @@
 """How long the explorer's answers take: milliseconds of each endpoint over HTTP, p50 and p95, as JSON.
 
     python benchmarks/explorer.py --shape 1b --folder FOLDER --out explorer-1b.json
+    python benchmarks/explorer.py --shape 1b --folder FOLDER --model --out explorer-1b-model.json
     python benchmarks/explorer.py --checkpoint models/mini-memory --index INDEX --out explorer-mini.json
 
-The first makes an index of random numbers of the 1b shape in FOLDER (about 0.7 GB, kept) and asks what reads the index;
-a lookup does not depend on the numbers. The second also asks what computes with the model. Server and client share
-this machine and one process; ids are drawn at random; the first request of each endpoint, which may map or make
-something, stands apart as `first_ms`.
+The first makes an index of random numbers of the 1b shape in FOLDER (about 0.4 GB, kept) and asks what reads the index;
+a lookup does not depend on the numbers. The second makes a model of random weights too (3 GB, and 8 GB of memory), for
+which that index passes, and asks a few times each what computes with the model in less than minutes (`--tokenizer`: one
+of 128,256 tokens); `--serve` serves it to a browser instead. The third does both for a model that exists. Server and
+client share this machine and one process; ids are drawn at random; the first request of each endpoint, which may map or
+make something, stands apart as `first_ms`.
 """
 
 from __future__ import annotations
@@ -42,11 +45,13 @@ from flexmemory.storage import atomic_folder, write_json
 from flexmemory.tokenizer import Tokenizer
 
 CLUSTERS = 200
+MINUTES = ("W_down", "W_down of all layers", "suppressed")
+"""What a model of the 1b shape does not answer on a CPU in less when it is first asked."""
 TEXT = "The city of London is the capital of"
 
 
-def synthetic_index(folder: Path, shape: str) -> None:
-    """An index of random numbers."""
+def synthetic_index(folder: Path, shape: str, checkpoint: Checkpoint | None) -> None:
+    """An index of random numbers, which says that it is of `checkpoint`."""
     config = get_preset(f"{shape}-memory").model
     vocab, layers = config.vocab_size, tuple(range(config.num_layers))
     chosen = (0, config.num_layers // 2, config.num_layers - 1)
@@ -70,6 +75,7 @@ def synthetic_index(folder: Path, shape: str) -> None:
                 high = NO_CLUSTER
             if spec.dtype.startswith("float"):
                 array = generator.standard_normal(spec.shape, dtype=np.float32).astype(spec.dtype)
+                array = np.abs(array) if name == "row_norms" else array
             else:
                 array = generator.integers(0, high, spec.shape).astype(spec.dtype)
             np.save(out / f"{name}.npy", array)
@@ -82,13 +88,16 @@ def synthetic_index(folder: Path, shape: str) -> None:
         }
         write_json(out / "clusters.json", clusters)
         write_json(out / "layers.json", {"layers": [{"layer": layer} for layer in layers]})
-        write_tokens(out / "tokens.parquet", synthetic_vocabulary(vocab))
+        vocabulary = (
+            Vocabulary.of(checkpoint.tokenizer(), vocab_size=vocab) if checkpoint else synthetic_vocabulary(vocab)
+        )
+        write_tokens(out / "tokens.parquet", vocabulary)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": ""} for path in out.iterdir() if path.suffix != ".npy"
         }
         manifest = Manifest(
-            checkpoint_fingerprint="",
-            tokenizer_fingerprint="",
+            checkpoint_fingerprint=checkpoint.fingerprint if checkpoint else "",
+            tokenizer_fingerprint=checkpoint.tokenizer_fingerprint if checkpoint else "",
             config=to_dict(config),
             scope="random numbers",
             layers=layers,
@@ -120,12 +129,12 @@ def synthetic_vocabulary(vocab: int) -> Vocabulary:
     )
 
 
-def small_checkpoint(folder: Path) -> Checkpoint:
-    """A model that is asked nothing, to stand beside a synthetic index."""
+def random_checkpoint(folder: Path, shape: str, tokenizer: Tokenizer) -> Checkpoint:
+    """A model of random weights in bf16: to be asked, or to stand beside an index that is."""
     if not folder.exists():
         with atomic_folder(folder) as out:
-            tokenizer = Tokenizer.train(["a"], vocab_size=300)
-            save_checkpoint(out, new_model(PRESETS["nano-memory"].model, seed=0), tokenizer)
+            model = new_model(PRESETS[f"{shape}-memory"].model, seed=0).to(torch.bfloat16)
+            save_checkpoint(out, model, tokenizer)
     return Checkpoint.open(folder)
 
 
@@ -232,23 +241,35 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--index", type=Path)
     parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", action="store_true", help="make a model of the shape, and ask it")
+    parser.add_argument("--tokenizer", type=Path, help="of that model: a tokenizer.json of as many tokens")
+    parser.add_argument("--serve", action="store_true", help="serve until interrupted, and measure nothing")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.shape:
+    torch.set_num_threads(2 if args.model else 1)
+    if args.model:
+        checkpoint = random_checkpoint(args.folder / f"model-{args.shape}", args.shape, Tokenizer.load(args.tokenizer))
+        folder = args.folder / f"index-{args.shape}-model"
+    elif args.shape:
+        checkpoint = random_checkpoint(args.folder / "small", "nano", Tokenizer.train(["a"], vocab_size=300))
         folder = args.folder / f"index-{args.shape}"
-        if not folder.exists():
-            synthetic_index(folder, args.shape)
-        checkpoint = small_checkpoint(args.folder / "small")
-        records = Records(MemoryIndex.open(folder))
     else:
-        checkpoint = Checkpoint.open(args.checkpoint)
-        records = Records(MemoryIndex.open(args.index, checkpoint=checkpoint))
+        checkpoint, folder = Checkpoint.open(args.checkpoint), args.index
+    if args.shape and not folder.exists():
+        synthetic_index(folder, args.shape, checkpoint if args.model else None)
+    own = args.model or not args.shape
+    records = Records(MemoryIndex.open(folder, checkpoint=checkpoint if own else None))
     live = LiveModel(checkpoint, records, dtype=torch.float32)
     found = {}
-    with serving(records, live, checkpoint) as address, httpx.Client(base_url=address, timeout=120) as client:
-        for name, ask in endpoints(records, client, live=None if args.shape else live).items():
-            found[name] = measured(ask, requests=args.requests)
+    with serving(records, live, checkpoint) as address, httpx.Client(base_url=address, timeout=3600) as client:
+        if args.serve:
+            print(address, flush=True)
+            threading.Event().wait()
+        for name, ask in endpoints(records, client, live=live if own else None).items():
+            if args.model and name.endswith(MINUTES):
+                continue
+            found[name] = measured(ask, requests=3 if args.model and name.startswith("model") else args.requests)
+            print(name, {key: round(number, 1) for key, number in found[name].items()}, flush=True)
     index = records.index
     result = {
         "vocab_size": index.vocab_size,
@@ -257,6 +278,7 @@ def main() -> None:
         "index_bytes": index.nbytes,
         "endpoints": found,
         "load_average": os.getloadavg()[0],
+        "threads": torch.get_num_threads(),
         **provenance(),
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

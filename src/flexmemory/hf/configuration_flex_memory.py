@@ -40,6 +40,7 @@ class FlexMemoryConfig(PreTrainedConfig):
         "core.norm": "keep_full_weight",
     }
 
+    architectures: list[str] | None = dataclasses.field(default_factory=lambda: ["FlexMemoryForCausalLM"])
     architecture: str = "memory"
     vocab_size: int = 8192
     hidden_size: int = 256

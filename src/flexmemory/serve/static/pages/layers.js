@@ -119,7 +119,7 @@ export async function draw(box, _, params) {
                     .slice(0, 6)
                     .map(([id, length]) => h("span", { class: "pairs" }, token(id), h("small", {}, number(length, 2)))),
                 ),
-                h("td", {}, h("a", { href: `#/layers?layer=${one.layer}` }, "all keys")),
+                h("td", { class: "whole" }, h("a", { href: `#/layers?layer=${one.layer}` }, "all keys")),
               ),
             ),
           ),
