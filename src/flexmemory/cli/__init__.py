@@ -30,6 +30,7 @@ VERBS = {
     "serve": "an OpenAI-compatible server",
     "eval": "measure a checkpoint",
     "prune": "a dense checkpoint with fewer weights, to compare with",
+    "reproduce": "the paper's tables and figures again, on models trained here",
     "export": "write a model for other runtimes (ONNX)",
     "push": "upload a checkpoint or lookups to the Hugging Face Hub",
     "bench": "time tokens, prompts or rows on this machine",

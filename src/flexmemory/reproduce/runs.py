@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import math
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from flexmemory.train.data import TokenDataset
 from flexmemory.train.loop import train
 
 SWEPT = ("base", "memory")
-ABLATIONS = ("flex1-square", "attention", "table", "ffn+table", "flex1+table", "base-as-memory", "base-as-flex3")
+ABLATIONS = ("flex1-square", "attention", "table", "ffn+table", "base-as-memory", "base-as-flex3")
 """FFN-C as one linear map; attention beside an FFN of a single cell, the smallest that a dense model can have; a free
 table in place of FFN-M and beside it (peers' ideas); dense models with as many parameters as are active in others."""
 logger = logging.getLogger(__name__)
@@ -53,13 +53,12 @@ class Size:
     """Which of `ABLATIONS` are trained too."""
     budgets: tuple[float, ...] = ()
     """More runs of base, memory and flex3, with so many times the tokens."""
-    compared: tuple[tuple[str, float], ...] = ()
-    """More runs of a variant with so many times the tokens: as many as it takes in the base's training time."""
     seq_len: int = 512
     batch_tokens: int = 131_072
     micro_batch_size: int = 128
     warmup_steps: int = 100
     lr_final: float = 1e-4
+    validations: int = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +86,7 @@ class Run:
             total_tokens=steps * size.batch_tokens, batch_tokens=size.batch_tokens, seq_len=size.seq_len,
             micro_batch_size=size.micro_batch_size, lr=self.lr, lr_final=min(size.lr_final, self.lr),
             warmup_steps=min(size.warmup_steps, steps // 4), seed=self.seed, log_every=max(1, steps // 50),
-            eval_every=max(1, steps // 10), save_every=steps, keep_checkpoints=1, eval_tokens=10**9,
+            eval_every=max(1, steps // size.validations), save_every=steps, keep_checkpoints=1, eval_tokens=10**9,
         )  # fmt: skip
 
     def model(self, vocab_size: int) -> ModelConfig:
@@ -116,8 +115,6 @@ def variant_config(family: str, variant: str, vocab_size: int) -> ModelConfig:
             return dataclasses.replace(preset["memory"], memory_kind="table", intermediate_size=0)
         case "ffn+table":
             return dataclasses.replace(preset["memory"], memory_kind="ffn+table")
-        case "flex1+table":
-            return dataclasses.replace(preset["flex1"], memory_kind="ffn+table")
         case "base-as-memory" | "base-as-flex3":
             active = count_parameters(preset[variant.removeprefix("base-as-")]).active
             return narrower(preset["base"], active)
@@ -144,8 +141,12 @@ def sweep(size: Size) -> list[Run]:
     return [Run(size=size, variant=v, tokens=size.tokens // 2, lr=lr) for lr in size.lrs for v in SWEPT]
 
 
-def reference_runs(size: Size, *, lr: float) -> list[Run]:
-    """All runs of a size at its learning rate, the longest first."""
+def reference_runs(size: Size, *, lr: float, speed: Mapping[str, float] | None = None) -> list[Run]:
+    """All runs of a size at its learning rate, the longest first.
+
+    With `speed`, tokens a second of base, memory and flex3 measured alone, there are also runs of as many tokens as
+    memory and flex3 take in the base's training time.
+    """
     runs = [
         Run(size=size, variant=variant, tokens=size.tokens, lr=lr, seed=seed)
         for seed in range(size.seeds)
@@ -157,10 +158,18 @@ def reference_runs(size: Size, *, lr: float) -> list[Run]:
         for share in size.budgets
         for variant in ("base", "memory", "flex3")
     ]
-    runs += [
-        Run(size=size, variant=variant, tokens=round(size.tokens * share), lr=lr) for variant, share in size.compared
-    ]
+    if speed:
+        runs += [
+            Run(size=size, variant=variant, tokens=equal_time_tokens(size, variant, speed), lr=lr)
+            for variant in ("memory", "flex3")
+        ]
     return sorted(dict.fromkeys(runs), key=lambda run: -run.tokens)
+
+
+def equal_time_tokens(size: Size, variant: str, speed: Mapping[str, float]) -> int:
+    """Tokens, in whole steps, that a variant takes in the time of the base's run."""
+    steps = round(size.tokens * speed[variant] / speed["base"] / size.batch_tokens)
+    return max(1, steps) * size.batch_tokens
 
 
 def best_rate(size: Size, work: Path) -> float:

@@ -1,0 +1,275 @@
+"""The page: claims with verdicts, answers with numbers, tables, plots and what limits them, all from the results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from flexmemory.reproduce import figures
+from flexmemory.reproduce.claims import CHANCE, claims
+from flexmemory.reproduce.found import Entry, Found, accuracy, metric_of
+from flexmemory.reproduce.study import TASKS
+
+CAPTIONS = {
+    "quality": "Perplexity by active parameters and by tokens (Fig. 9, 10)",
+    "alpha": "FFNs scaled by alpha; in flex-3 FFN-M alone (Fig. 7)",
+    "layers": "One layer's FFN left out (Fig. 4, 12)",
+    "pruning": "Against the pruned base (Fig. 11)",
+    "compression": "Rank cut by SVD (Table 8) and spectra (Fig. 13)",
+    "cells": "Clustering and outliers by layer (Fig. 6)",
+}
+COMMAND = "flexmemory reproduce --corpus FILES --held-out FILE --wikitext FILE --tasks FOLDER --work DIR --at-once 7"
+Lines = Iterator[str]
+
+
+def write(results: Path, page: Path) -> Path:
+    """Write the page and its plots, in `images` beside it.
+
+    Raises:
+        FileNotFoundError: no run was judged.
+    """
+    found = Found(results)
+    images = figures.draw(found, page.parent / "images")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text(found, {name: os.path.relpath(path, page.parent) for name, path in images.items()}))
+    return page
+
+
+def text(found: Found, images: dict[str, str]) -> str:
+    """The page as Markdown; `images` by their paths from it."""
+    parts = (_head(found), _claims(found), _answers(found), _runs(found), _tasks(found), _plots(images), _limits(found))
+    return "\n".join(line for part in parts for line in part) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Lines:
+    yield f"| {' | '.join(header)} |"
+    yield "|" + "---|" * left + "---:|" * (len(header) - left)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def _head(found: Found) -> Lines:
+    where = found.provenance["quality"]
+    yield "# The study: the paper's claims, at a size that can be trained here\n"
+    yield (
+        "Written by `flexmemory reproduce` from committed results; nothing on this page is typed by hand. Each "
+        "claim has the paper's "
+        "number, ours, and a verdict by the rule beside it. The paper trains 250M to 1.2B parameters on 25 to "
+        "150 billion tokens of C4; "
+        "this study a few million parameters on tens of millions. **A verdict says what holds at this scale, not "
+        "whether the paper is right.**\n"
+    )
+    yield f"    {COMMAND}\n"
+    yield (
+        f"Models were trained and judged on: {where['gpu'] if where['gpu'] != 'none' else where['cpu']}, torch "
+        f"{where['torch']}, "
+        f"commit {where['commit']}.\n"
+    )
+
+
+def _claims(found: Found) -> Lines:
+    yield "## Claims\n"
+    rows = [
+        (claim.source, claim.claim, claim.paper, claim.ours or "not measured", f"**{claim.verdict}**", claim.rule)
+        for claim in claims(found)
+    ]
+    yield from _table(("where", "claim", "paper", "here", "verdict", "rule"), rows, left=6)
+    deviation = found.seed_deviation()
+    if deviation is not None:
+        yield f"Between seeds nats a token differ by {deviation:.4f} (standard deviation, pooled).\n"
+
+
+def _change(found: Found, one: Entry | None, other: Entry | None) -> str:
+    return "" if one is None or other is None else f"{100 * (found.ppl(one) / found.ppl(other) - 1):+.1f} %"
+
+
+def _answers(found: Found) -> Lines:
+    yield "## Questions\n"
+    yield "**Is a lead or lag at equal tokens real, and does it last?** Beside the base with as many tokens:\n"
+    rows = []
+    for size in found.sizes:
+        for variant in ("memory", "flex3"):
+            other = {run["tokens"]: run for run in found.budgets(size, "base")}
+            for run in found.budgets(size, variant):
+                if run["tokens"] in other:
+                    base = other[run["tokens"]]
+                    cells = (f"{run['tokens'] / 1e6:.3g}M", f"{found.ppl(base):.2f}", f"{found.ppl(run):.2f}")
+                    rows.append((f"{size} {variant}", *cells, _change(found, run, base)))
+    yield from _table(("", "tokens", "base", "perplexity", "to the base"), rows)
+    yield "**At equal active parameters?** Dense models of the same depth, narrower:\n"
+    rows = []
+    for size in found.sizes:
+        for variant in ("memory", "flex3"):
+            run, narrow = found.run(size, variant), found.run(size, f"base-as-{variant}")
+            if run is not None and narrow is not None:
+                active = f"{run['parameters']['active'] / 1e6:.2f}", f"{narrow['parameters']['active'] / 1e6:.2f}"
+                rows.append((f"{size} {variant}", *active, f"{found.ppl(run):.2f}", f"{found.ppl(narrow):.2f}"))
+    yield from _table(("", "active, M", "of the base, M", "perplexity", "of the base"), rows)
+    yield from _equal_time(found)
+    yield from _beyond_perplexity(found)
+    yield "**FFN-C linear or SwiGLU; FFN-M or a free table or both?** At equal tokens:\n"
+    rows = []
+    for size in found.sizes:
+        names = ("attention", "memory", "table", "ffn+table", "flex1", "flex1-square")
+        for variant in names:
+            run = found.run(size, variant)
+            if run is not None and found.run(size, "table") is not None:
+                counts = run["parameters"]
+                rows.append(
+                    (
+                        f"{size} {variant}",
+                        f"{counts['active'] / 1e6:.2f}",
+                        f"{counts['backbone'] / 1e6:.2f}",
+                        f"{found.ppl(run):.2f}",
+                    )
+                )
+    yield from _table(("", "active, M", "total, M", "perplexity"), rows)
+    yield (
+        "`flex1-square` has one linear map for FFN-C, `table` a free row for each token and layer in place of "
+        "FFN-M, `attention` an "
+        "FFN of a single cell.\n"
+    )
+
+
+def _equal_time(found: Found) -> Lines:
+    yield "**At equal training time?**\n"
+    speed = found.parts["speed"]
+    if not speed:
+        yield (
+            "Not measured at these sizes in this run. Training alone on a GPU has its own table in the README: "
+            "at the paper's 1B shape memory "
+            "takes 1.68 to 1.79 times the dense model's tokens in the same time; models as small as these are "
+            "bound by the launch of "
+            "kernels, not by arithmetic.\n"
+        )
+        return
+    rows = []
+    for entry in speed.values():
+        base = speed[f"{entry['size']}-base"]
+        ratio = entry["tokens_per_s"] / base["tokens_per_s"]
+        longest = max(found.budgets(entry["size"], entry["variant"]), key=lambda run: run["tokens"], default=None)
+        rows.append(
+            (
+                f"{entry['size']} {entry['variant']}",
+                f"{entry['tokens_per_s']:,.0f}",
+                f"{ratio:.2f}",
+                "" if longest is None else f"{found.ppl(longest):.2f} at {longest['tokens'] / 1e6:.3g}M",
+            )
+        )
+    yield from _table(("", "tokens/s alone", "to the base", "perplexity of the longest run"), rows)
+
+
+def _beyond_perplexity(found: Found) -> Lines:
+    if not found.has_tasks:
+        return
+    yield "**Do tasks fall with alpha beyond what perplexity predicts?** Beside whole models of like perplexity:\n"
+    tasks, rows = ("lambada_openai", "sciq", "arc_easy", "hellaswag"), []
+    whole = list(found.parts["quality"].values())
+    for size in found.sizes:
+        for variant in ("base", "memory", "flex3"):
+            for alpha in (1.0, 0.6, 0.5, 0.4):
+                scaled = found.probe(size, variant, alpha=alpha)
+                if scaled is not None:
+                    nats = found.nats(scaled)
+                    nearest = min(whole, key=lambda run: abs(found.nats(run) - nats))
+                    cells = [
+                        f"{100 * accuracy(scaled, task)[0]:.1f} / {100 * accuracy(nearest, task)[0]:.1f}"
+                        for task in tasks
+                    ]
+                    ppl = f"{found.ppl(scaled):.1f} / {found.ppl(nearest):.1f}"
+                    rows.append((f"{size} {variant}, alpha {alpha:g}", ppl, *cells))
+    yield from _table(("scaled / whole", "perplexity", *tasks), rows)
+    yield "Standard errors are those of the table of tasks below.\n"
+
+
+def _runs(found: Found) -> Lines:
+    yield "## Runs\n"
+    for size in found.sizes:
+        for variant in ("base", "memory"):
+            swept = found.sweep(size, variant)
+            if len(swept) > 1:
+                rates = ", ".join(f"{found.ppl(run):.1f} at {lr:g}" for lr, run in swept.items())
+                tokens = next(iter(swept.values()))["tokens"] / 1e6
+                yield f"- {size} {variant}, {tokens:.3g}M tokens, by learning rate: {rates}"
+        yield f"- {size}: all runs at {found.lr(size):g}, the base's best of these"
+    yield ""
+    texts = list(next(iter(found.parts["quality"].values()))["texts"])
+    rows = []
+    for size in found.sizes:
+        runs = [run for run in found.parts["quality"].values() if run["size"] == size and run["lr"] == found.lr(size)]
+        for run in sorted(runs, key=lambda run: (run["tokens"], found.ppl(run))):
+            ppl = [
+                f"{run['texts'][name]['perplexity']:.2f} ± {run['texts'][name]['perplexity_stderr']:.2f}"
+                for name in texts
+            ]
+            counts = run["parameters"]
+            parameters = (f"{counts['active'] / 1e6:.2f}", f"{counts['backbone'] / 1e6:.2f}")
+            name = f"{size} {run['variant']}" + (f", seed {run['seed']}" if run["seed"] else "")
+            rows.append((name, f"{run['tokens'] / 1e6:.3g}", *parameters, *ppl))
+    yield from _table(("", "tokens, M", "active, M", "total, M", *texts), rows)
+    yield "Parameters beside embedding and head. Standard errors are over windows, which all models share.\n"
+
+
+def _tasks(found: Found) -> Lines:
+    if not found.has_tasks:
+        return
+    yield "## Zero-shot tasks\n"
+    rows = []
+    for size in found.sizes:
+        for variant in ("base", "memory", "flex1", "flex2", "flex3"):
+            for run in found.budgets(size, variant)[-1:]:
+                cells = [accuracy(run, task) for task in TASKS]
+                shown = [f"{100 * value:.1f} ± {100 * stderr:.1f}" for value, stderr in cells]
+                rows.append((f"{size} {variant}, {run['tokens'] / 1e6:.3g}M", *shown))
+    rows.append(("guessing", *(f"{100 * CHANCE[task]:.1f}" for task in TASKS)))
+    yield from _table(("", *(f"{task} ({metric_of(task)})" for task in TASKS)), rows)
+    yield (
+        "Accuracy in percent, no example in the prompt, prompts and metrics of lm-evaluation-harness "
+        "([evaluating](evaluating.md)). Where "
+        "a model does not beat guessing by more than its error, the task says nothing.\n"
+    )
+
+
+def _plots(images: dict[str, str]) -> Lines:
+    yield "## Plots\n"
+    for name, path in images.items():
+        yield f"![{CAPTIONS[name]}]({path})\n\n{CAPTIONS[name]}.\n"
+
+
+def _limits(found: Found) -> Lines:
+    yield "## What limits this\n"
+    yield (
+        "- Scale: 6 and 21 million parameters beside embedding and head, a vocabulary of 8,192, sequences of 512 "
+        "tokens, at most one pass over "
+        "129 million tokens of encyclopaedia, books and news. Order and even sign of differences between "
+        "architectures change with "
+        "tokens here, as the first table of Questions shows."
+    )
+    for size in found.sizes:
+        rates = sorted(found.sweep(size, "base"))
+        if len(rates) > 1 and found.lr(size) in (rates[0], rates[-1]):
+            swept = ", ".join(f"{rate:g}" for rate in rates)
+            yield (
+                f"- {size}: the base's best learning rate lies at the edge of the sweep ({swept}), "
+                "so the base may "
+                "do better at another; memory and flex models were not given their own best either."
+            )
+    yield "- One recipe, chosen on the base. One seed but where another is named."
+    yield (
+        "- Tasks: at these sizes most are at chance, so claims about recall and reasoning cannot be decided. "
+        "HellaSwag is a subset of "
+        "1,000 documents. Texts are judged in fp32, tasks in bf16 on a GPU."
+    )
+    yield (
+        "- Table 6 (time and memory of a token) at the 1B shape is in the README, by the engine; figure 5: the map of "
+        "the [explorer](explorer.md) and of the [findings](findings.md)."
+    )
+    missing = [part for part in ("speed", "probes", "pruning", "compression", "cells", "cost") if not found.parts[part]]
+    if missing:
+        yield f"- Not measured in this run: {', '.join(missing)}."
+    for size in found.sizes:
+        for variant in ("base", "memory", "flex3"):
+            if found.parts["probes"] and not found.layers(size, variant):
+                yield f"- Probes of {size}-{variant} are not complete: device time ran out."

@@ -1,0 +1,193 @@
+"""What the study is run on: sizes, texts and tasks, and how a model is judged.
+
+Every script of this package takes a `Study` and writes one JSON of `Results`, entry by entry, so that it goes on where
+it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from flexmemory.engine.reference import RowSource
+from flexmemory.evaluate.perplexity import perplexity
+from flexmemory.evaluate.tasks import EncodedTasks, load_task, score_tasks
+from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.model.transformer import Transformer
+from flexmemory.provenance import provenance
+from flexmemory.reproduce.runs import ABLATIONS, Run, Size, best_rate, outcome, reference_runs, sweep, trained
+from flexmemory.storage import read_json, write_json
+from flexmemory.train.data import TokenDataset
+
+TASKS = ("lambada_openai", "arc_easy", "sciq", "social_iqa", "hellaswag", "winogrande", "boolq", "piqa")
+"""The paper's eight tasks; where it says "SiQA" both SciQ and SocialIQA stand. The first four are its recall tasks."""
+RECALL = TASKS[:4]
+BATCH_SIZE = 64
+"""Windows in one forward pass."""
+
+FULL = (
+    Size(
+        family="mini", tokens=65_536_000, lrs=(1.5e-3, 3e-3, 6e-3), seeds=2, ablations=ABLATIONS, budgets=(0.5, 2.0)
+    ),
+    Size(family="small", tokens=65_536_000, lrs=(1.5e-3, 3e-3), ablations=("base-as-memory", "base-as-flex3")),
+)  # fmt: skip
+"""6.3 and 21 million parameters beside embedding and head."""
+QUICK = (
+    Size(
+        family="nano", tokens=16_384, lrs=(3e-3, 6e-3), ablations=("table", "base-as-memory"),
+        seq_len=256, batch_tokens=1024, micro_batch_size=4, warmup_steps=4, lr_final=3e-4, validations=1,
+    ),
+)  # fmt: skip
+"""To see that everything runs: nothing is learnt from its numbers."""
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Where everything is, and how much of it to do."""
+
+    work: Path
+    """Folder of data and runs (`reproduce.runs`)."""
+    results: Path
+    """Folder of the JSON files."""
+    sizes: tuple[Size, ...]
+    tasks: Path | None = None
+    """Folder of task files; without it models are judged by perplexity alone."""
+    task_limit: int | None = None
+    """Documents of each task, at most."""
+    device: str = "cpu"
+    quick: bool = False
+
+    @functools.cached_property
+    def train_data(self) -> TokenDataset:
+        """What models were trained on."""
+        return TokenDataset.open(self.work / "data" / "train")
+
+    def wanted(self, size: Size) -> list[Run]:
+        """All reference runs of a size; those of equal time once `speed` was measured.
+
+        Raises:
+            FileNotFoundError: the sweep was not run.
+        """
+        entries = Results(self, "speed").entries
+        speed = {entry["variant"]: entry["tokens_per_s"] for entry in entries.values() if entry["size"] == size.family}
+        return reference_runs(size, lr=best_rate(size, self.work), speed=speed)
+
+    def runs(self, size: Size) -> list[Run]:
+        """All of a size that were trained to their end, those of the sweep too."""
+        return trained(list(dict.fromkeys([*sweep(size), *self.wanted(size)])), self.work)
+
+    def run(self, size: Size, variant: str) -> Run:
+        """The reference run of a variant: seed 0, at the size's tokens and learning rate.
+
+        Raises:
+            FileNotFoundError: it was not trained.
+        """
+        lr = best_rate(size, self.work)
+        run = Run(size=size, variant=variant, tokens=size.tokens, lr=lr)
+        outcome(run, self.work)
+        return run
+
+    def checkpoint(self, run: Run) -> Checkpoint:
+        """Of a run, opened."""
+        return Checkpoint.open(self.work / "runs" / run.name)
+
+    def load(self, run: Run) -> Transformer:
+        """Its model, in fp32 on the study's device."""
+        return self.checkpoint(run).load(device=self.device, dtype=torch.float32).requires_grad_(False)
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        """Texts and tasks, read once."""
+        return Judge(self)
+
+    def calibration(self, seq_len: int, *, tokens: int) -> Int64[Tensor, "N T"]:
+        """Windows of the training text, evenly spread over it."""
+        stream = self.train_data.train
+        count = stream.num_windows(seq_len)
+        wanted = min(count, max(1, tokens // seq_len))
+        windows = [stream.window(count * i // wanted, seq_len=seq_len) for i in range(wanted)]
+        return torch.stack([torch.from_numpy(window) for window in windows])[:, :-1]
+
+
+class Judge:
+    """Texts that no model was trained on, and tasks, in the study's tokens."""
+
+    def __init__(self, study: Study) -> None:
+        """Read them."""
+        self.streams: dict[str, tuple[Any, int]] = {}
+        others = [folder for folder in sorted((study.work / "data").iterdir()) if folder.name != "train"]
+        texts = {folder.name: TokenDataset.open(folder).train for folder in others}
+        if "held-out" not in texts and study.train_data.validation is not None:
+            texts["held-out"] = study.train_data.validation
+        for name, tokens in texts.items():
+            self.streams[name] = (tokens.read(0, len(tokens)), tokens.num_bytes)
+        self.encoded: EncodedTasks | None = None
+        if study.tasks is not None:
+            tasks = [load_task(name, study.tasks, limit=study.task_limit) for name in TASKS]
+            longest = min(size.seq_len for size in study.sizes)
+            encoded = EncodedTasks.of(tasks, study.train_data.tokenizer(), max_len=longest)
+            self.encoded = dataclasses.replace(
+                encoded, continuations=encoded.continuations.to(torch.device(study.device))
+            )
+
+    @torch.inference_mode()
+    def __call__(
+        self, model: Transformer, row_source: RowSource | None = None, *, tasks: bool = True
+    ) -> dict[str, Any]:
+        """Of each text nats a token with its standard error and bits a byte; of each task all metrics with theirs."""
+        found: dict[str, Any] = {"texts": {}, "tasks": {}}
+        for name, (stream, num_bytes) in self.streams.items():
+            result = perplexity(model, stream, batch_size=BATCH_SIZE, row_source=row_source, num_bytes=num_bytes)
+            found["texts"][name] = {
+                "nats": result.loss,
+                "stderr": result.stderr,
+                "perplexity": result.perplexity,
+                "perplexity_stderr": result.perplexity_stderr,
+                "bits_per_byte": result.bits_per_byte,
+                "tokens": result.num_tokens,
+            }
+        if tasks and self.encoded is not None:
+            # Texts in fp32, as differences are small there; tasks in the precision of training.
+            with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+                scores = score_tasks(model, self.encoded, row_source=row_source)
+            for name, score in scores.items():
+                found["tasks"][name] = {"documents": score.num_documents, "metrics": score.to_json()["metrics"]}
+        return found
+
+
+class Results:
+    """One JSON of entries by name; what is there is not made again."""
+
+    def __init__(self, study: Study, name: str) -> None:
+        """Open `NAME.json` of the study's results, or begin it."""
+        self.path = study.results / f"{name}.json"
+        found = read_json(self.path) if self.path.exists() else {}
+        self.entries: dict[str, Any] = found.get("entries", {})
+
+    def entry(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The entry called `name`, made and written unless it is there."""
+        if name not in self.entries:
+            logger.info("%s: %s", self.path.stem, name)
+            self.entries[name] = make()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"provenance": provenance(), "entries": self.entries})
+        return self.entries[name]
+
+
+def reference(study: Study, variants: Sequence[str]) -> Iterator[tuple[Size, Run]]:
+    """The reference runs of some variants at every size, where they were trained."""
+    for size in study.sizes:
+        for variant in variants:
+            try:
+                yield size, study.run(size, variant)
+            except FileNotFoundError:
+                logger.warning("%s-%s was not trained", size.family, variant)
