@@ -1,0 +1,65 @@
+"""The page that is committed is that of the committed results; verdicts follow from numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flexmemory.reproduce import report
+from flexmemory.reproduce.claims import claims
+from flexmemory.reproduce.found import Found
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "study", ROOT / "docs" / "study.md"
+
+
+def test_the_page_is_that_of_the_results():
+    images = {name: f"images/study-{name}.png" for name in report.CAPTIONS}
+    assert report.text(Found(RESULTS), images) == PAGE.read_text(), (
+        "run `flexmemory reproduce --parts page --results benchmarks/results/study --page docs/study.md`"
+    )
+    assert all((PAGE.parent / image).exists() for image in images.values())
+
+
+def run(variant, ppl_nats, *, tokens=100, seed=0, active=1000):
+    text = {"nats": ppl_nats, "stderr": 0.01, "perplexity": 1.0, "perplexity_stderr": 0.1}
+    return {
+        "size": "nano", "variant": variant, "seed": seed, "lr": 1e-3, "tokens": tokens,
+        "parameters": {"active": active, "backbone": 2000}, "texts": {"held-out": text}, "tasks": {},
+    }  # fmt: skip
+
+
+def verdict(folder, runs, claim):
+    entries = {str(number): each for number, each in enumerate(runs)}
+    where = {"gpu": "none", "cpu": "a CPU", "torch": "2", "commit": "c"}
+    (folder / "quality.json").write_text(json.dumps({"provenance": where, "entries": entries}))
+    found = Found(folder)
+    report.text(found, {})
+    return next(each.verdict for each in claims(found) if each.claim.startswith(claim))
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [(3.2, "holds"), (3.01, "holds in direction"), (2.9, "does not hold here")],
+)
+def test_behind_the_base_beyond_what_seeds_differ_by(tmp_path, memory, expected):
+    runs = [run("base", 3.0), run("base", 3.02, seed=1), run("memory", memory)]
+    assert verdict(tmp_path, runs, "MemoryLLM is behind") == expected
+
+
+@pytest.mark.parametrize(("last", "expected"), [(2.8, "holds"), (3.4, "does not hold here")])
+def test_a_gap_closes_or_does_not(tmp_path, last, expected):
+    runs = [
+        run("base", 3.0), run("memory", 3.3),
+        run("base", 2.7, tokens=200), run("memory", last, tokens=200),
+    ]  # fmt: skip
+    assert verdict(tmp_path, runs, "The gap from the base to memory") == expected
+
+
+def test_what_was_not_measured_cannot_be_told(tmp_path):
+    assert verdict(tmp_path, [run("base", 3.0)], "Rows in 4 bits") == "cannot be told here"
+
+
+def test_there_must_be_results(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no quality.json: run `flexmemory reproduce` first"):
+        Found(tmp_path)
