@@ -66,7 +66,7 @@ def test_all_parts_and_the_page(study, monkeypatch):
     assert entries(study, "cost")["nano-memory"]["ms_per_token"] > 0
     assert entries(study, "speed")["nano-base"]["tokens_per_s"] > 0
     page = report.write(study.results, study.work / "page" / "study.md").read_text()
-    assert "| nano memory | 0.0" in page or "nano memory" in page
+    assert "| nano memory | " in page
     assert (study.work / "page" / "images" / "study-layers.png").exists()
     longer = {run.variant: run.tokens for run in study.wanted(SIZE) if run.tokens != SIZE.tokens}
     assert longer.keys() <= {"memory", "flex3"}
@@ -81,19 +81,18 @@ def test_what_is_there_is_not_made_again(study):
 def test_tasks_are_scored_and_shown(study, tmp_path):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
+    choices = [{"text": text, "label": name} for name, text in zip("ABCD", "wxyz", strict=True)]
     questions = {
         "lambada_openai_test": {"text": "the red fox follows the old miller"},
-        "arc_easy_test": {
-            "question": {"stem": "who?", "choices": [{"text": t, "label": n} for n, t in zip("ABCD", "wxyz", strict=True)]},
-            "answerKey": "B",
-        },
-        "sciq_valid": {"question": "q", "support": "s", "correct_answer": "a", "distractor1": "b", "distractor2": "c", "distractor3": "d"},
-        "socialiqa_dev": {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"},
+        "arc_easy_test": {"question": {"stem": "who?", "choices": choices}, "answerKey": "B"},
+        "sciq_valid": {"question": "q", "support": "s", "correct_answer": "a"}
+        | {f"distractor{number}": text for number, text in enumerate("bcd", start=1)},
+        "socialiqa_dev": {"context": "c", "question": "q", "label": "1"} | {f"answer{name}": name for name in "ABC"},
         "hellaswag_val_1000": {"ind": 0, "query": "the", "endings": ["a", "b", "c", "d"], "label": 0},
         "winogrande_xl_dev": {"sentence": "the _ sits", "option1": "fox", "option2": "crow", "answer": "1"},
         "boolq_dev": {"question": "is it", "passage": "it is", "answer": True},
         "piqa_valid": {"goal": "go", "sol1": "a", "sol2": "b", "label": 0},
-    }  # fmt: skip
+    }
     for name, record in questions.items():
         with lzma.open(tasks / f"{name}.jsonl.xz", "wt") as file:
             file.write("\n".join([json.dumps(record)] * 3))

@@ -61,5 +61,5 @@ def test_what_was_not_measured_cannot_be_told(tmp_path):
 
 
 def test_there_must_be_results(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no quality.json: run `flexmemory reproduce` first"):
+    with pytest.raises(FileNotFoundError, match=r"has no quality\.json: run `flexmemory reproduce` first"):
         Found(tmp_path)

@@ -45,6 +45,11 @@ def draw(found: Found, folder: Path) -> dict[str, Path]:
     return images
 
 
+def _legend(axes: Any, fontsize: int = 9) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=fontsize)
+
+
 def _million(entry: Entry) -> float:
     return entry["parameters"]["active"] / 1e6
 
@@ -59,7 +64,7 @@ def _quality(found: Found, axes: Any) -> None:
     tokens = " and ".join(sorted({f"{found.tokens(size) / 1e6:.3g}M" for size in found.sizes}))
     left.set(xscale="log", yscale="log", xlabel="active parameters, millions", ylabel="held-out perplexity")
     left.set_title(f"{tokens} tokens")
-    left.legend(frameon=False, fontsize=7)
+    _legend(left, fontsize=7)
     for number, size in enumerate(found.sizes):
         for variant in ("base", "memory", "flex3"):
             runs = found.budgets(size, variant)
@@ -68,7 +73,7 @@ def _quality(found: Found, axes: Any) -> None:
                 x, y = [run["tokens"] / 1e6 for run in runs], [found.ppl(run) for run in runs]
                 right.plot(x, y, color=colour, marker=marker, linestyle="-:"[number % 2], label=f"{size} {variant}")
     right.set(xscale="log", yscale="log", xlabel="training tokens, millions", ylabel="held-out perplexity")
-    right.legend(frameon=False, fontsize=7)
+    _legend(right, fontsize=7)
     _plain_ticks(left, right)
 
 
@@ -106,7 +111,7 @@ def _alpha(found: Found, axes: Any) -> None:
                 each.plot([alpha for alpha, _ in points], ratios, color=colour, marker=marker, label=variant)
         each.set(yscale="log", xlabel="alpha", ylabel="perplexity, to alpha 1", title=size)
         each.invert_xaxis()
-        each.legend(frameon=False)
+        _legend(each)
 
 
 def _layers(found: Found, axes: Any) -> None:
@@ -118,7 +123,7 @@ def _layers(found: Found, axes: Any) -> None:
                 rises = [100 * (found.ppl(entry) / found.ppl(whole) - 1) for entry in layers]
                 each.plot(range(len(rises)), rises, color=colour, marker=marker, label=variant)
         each.set(yscale="log", xlabel="layer left out", ylabel="rise of perplexity, %", title=size)
-        each.legend(frameon=False)
+        _legend(each)
 
 
 def _pruning(found: Found, axes: Any) -> None:
@@ -141,7 +146,7 @@ def _pruning(found: Found, axes: Any) -> None:
                 colour, marker = STYLES[variant]
                 each.plot([_million(run)], [found.ppl(run)], color=colour, marker=marker, linestyle="", label=variant)
         each.set(xlabel="active parameters, millions", ylabel="held-out perplexity", title=size)
-        each.legend(frameon=False, fontsize=7)
+        _legend(each, fontsize=7)
 
 
 def _compression(found: Found, axes: Any) -> None:
@@ -166,8 +171,8 @@ def _compression(found: Found, axes: Any) -> None:
                 right.plot(x, shares, color=colour, marker=marker, label=f"{size} {variant}")
     left.set(xlabel="times smaller than bf16", ylabel="rise of perplexity, %", title="rows of lower rank, by SVD")
     right.set(xlabel="depth", ylabel="share of the rank", title="rank that holds 90 % of the energy", ylim=(0, None))
-    left.legend(frameon=False)
-    right.legend(frameon=False)
+    _legend(left)
+    _legend(right)
 
 
 def _cells(found: Found, axes: Any) -> None:
@@ -186,5 +191,5 @@ def _cells(found: Found, axes: Any) -> None:
     right.set(
         xlabel="depth", ylabel="outliers of a token", title="outliers; dotted: each layer's threshold", ylim=(0, None)
     )
-    left.legend(frameon=False)
-    right.legend(frameon=False)
+    _legend(left)
+    _legend(right)
