@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--corpus", nargs="+", required=True, help="files of documents to train on")
     parser.add_argument("--held-out", required=True, help="documents of the same kinds to measure on")
     parser.add_argument("--wikitext", help="WikiText-2, raw test split")
+    parser.add_argument("--tasks", type=Path, help="folder of task files (docs/evaluating.md) to score the models on")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tokenizer", help="a tokenizer.json to use instead of training one")
     parser.add_argument("--out", type=Path, default=HERE)
@@ -58,14 +59,14 @@ def main() -> None:
     if any(codes):
         sys.exit("training did not end well; run this again to go on")
     texts = {"held-out": options.held_out} | ({"WikiText-2": options.wikitext} if options.wikitext else {})
-    figures = {name: measure(run, texts) for name, run in runs.items()}
+    figures = {name: measure(run, texts, options.tasks) for name, run in runs.items()}
     for name, run in runs.items():
         export(run, options.out / name)
     subprocess.run(flexmemory("plot", *runs.values(), "--out", options.out / "losses.png"), check=True)
     write_json(options.out / "figures.json", figures)
 
 
-def measure(run: Path, texts: dict[str, str]) -> dict[str, object]:
+def measure(run: Path, texts: dict[str, str], tasks: Path | None) -> dict[str, object]:
     """What the model card says of a run, in the precision in which it is exported."""
     config, checkpoint = read_json(run / "config.json"), Checkpoint.open(run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -83,6 +84,14 @@ def measure(run: Path, texts: dict[str, str]) -> dict[str, object]:
         command = flexmemory("eval", "ppl", run, "--data", text, "--dtype", "bf16")
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         figures[label] = re.sub(r"\s+", " ", said).strip()
+    if tasks is not None:
+        out = run / "tasks.json"
+        command = flexmemory("eval", "tasks", run, "--data", tasks, "--dtype", "fp32", "--out", out)
+        subprocess.run(command, check=True)
+        scores = read_json(out)["tasks"]
+        figures["tasks"] = {
+            name: {key: score[key] for key in ("documents", "metrics")} for name, score in scores.items()
+        }
     return figures
 
 

@@ -54,3 +54,8 @@ def test_the_card_says_what_was_measured(name):
         perplexity, bits = float(words[1]), float(words[words.index("byte") + 1])
         assert float(rows[f"{label}, perplexity a token"].split()[0]) == pytest.approx(perplexity, abs=0.06)
         assert float(rows[f"{label}, bits a byte"]) == pytest.approx(bits, abs=0.0006)
+    assert len(figures["tasks"]) == 8
+    for task, score in figures["tasks"].items():
+        metric, row = next((m, rows[f"{task}, {m}, %"]) for m in score["metrics"] if f"{task}, {m}, %" in rows)
+        found = score["metrics"][metric]
+        assert row == f"{100 * found['value']:.1f} ± {100 * found['stderr']:.1f}"

@@ -94,8 +94,8 @@ def test_tasks_are_scored_and_shown(study, tmp_path):
         "piqa_valid": {"goal": "go", "sol1": "a", "sol2": "b", "label": 0},
     }
     for name, record in questions.items():
-        with lzma.open(tasks / f"{name}.jsonl.xz", "wt") as file:
-            file.write("\n".join([json.dumps(record)] * 3))
+        lines = "\n".join([json.dumps(record)] * 3)
+        (tasks / f"{name}.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
     scored = Study(work=study.work, results=study.results, sizes=(SIZE,), tasks=tasks, quick=True)
     quality.measure(scored)
     found = Found(study.results)
