@@ -2,7 +2,7 @@
 
     python benchmarks/decode_profile.py --out benchmarks/results/decode_profile.json [--rows "device" "int4 device"]
 
-The 1b memory shape at batch 1 with random weights and rows of 8192 tokens, as benchmarks/decode.py has them; needs a GPU.
+The 1b memory shape at batch 1 with random weights and rows of 8192 tokens, as in benchmarks/decode.py; needs a GPU.
 The profiler makes kernels that overlap seem longer: compare its figures with one another, not with the step's time.
 """
 
