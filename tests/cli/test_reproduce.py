@@ -10,7 +10,7 @@ from flexmemory.cli import main
 def test_quick_from_text_to_page(tmp_path, capsys):
     work = tmp_path / "study"
     command = ["reproduce", "--quick", "--work", str(work), "--device", "cpu"]
-    parts = ["data", "runs", "quality", "pruning", "page"]
+    parts = ["data", "runs", "quality", "page"]
     assert main([*command, "--parts", *parts]) == 0
     page = work / "study.md"
     assert capsys.readouterr().out.strip() == str(page)

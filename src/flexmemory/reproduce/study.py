@@ -42,7 +42,7 @@ FULL = (
 """6.3 and 21 million parameters beside embedding and head."""
 QUICK = (
     Size(
-        family="nano", tokens=16_384, lrs=(3e-3, 6e-3), ablations=("table", "base-as-memory"),
+        family="nano", tokens=8192, lrs=(3e-3, 6e-3), ablations=("table", "base-as-memory"),
         seq_len=256, batch_tokens=1024, micro_batch_size=4, warmup_steps=4, lr_final=3e-4, validations=1,
     ),
 )  # fmt: skip
