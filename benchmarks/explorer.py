@@ -223,17 +223,6 @@ def steered(op: str, token: int, layer: int) -> dict:
     return {"op": op, "token": token, "other": 301, "layer": layer, "strength": 1}
 
 
-def table(results: dict) -> str:
-    """Results as Markdown."""
-    lines = ["| answer | first, ms | p50, ms | p95, ms | kB |", "|---|---:|---:|---:|---:|"]
-    for name, found in results["endpoints"].items():
-        times = " | ".join(f"{found[each]:,.1f}" for each in ("first_ms", "p50_ms", "p95_ms"))
-        lines.append(f"| {name} | {times} | {found['bytes'] / 1e3:,.1f} |")
-    shape = f"V {results['vocab_size']:,}, {results['layers']} layers of {results['keys']:,} keys"
-    where = f"{results['cpu']}, load average {results['load_average']:.1f}, commit {results['commit']}"
-    return "\n".join([*lines, "", f"{shape}, an index of {results['index_bytes'] / 1e6:,.0f} MB; {where}."])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["250m", "750m", "1b"])
@@ -260,7 +249,7 @@ def main() -> None:
     own = args.model or not args.shape
     records = Records(MemoryIndex.open(folder, checkpoint=checkpoint if own else None))
     live = LiveModel(checkpoint, records, dtype=torch.float32)
-    found = {}
+    found, load = {}, os.getloadavg()[0]
     with serving(records, live, checkpoint) as address, httpx.Client(base_url=address, timeout=3600) as client:
         if args.serve:
             print(address, flush=True)
@@ -277,12 +266,11 @@ def main() -> None:
         "keys": index.num_keys,
         "index_bytes": index.nbytes,
         "endpoints": found,
-        "load_average": os.getloadavg()[0],
+        "load_average": load,
         "threads": torch.get_num_threads(),
         **provenance(),
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(result))
 
 
 if __name__ == "__main__":

@@ -241,6 +241,18 @@ def index_table(results: dict) -> str:
     return "\n".join([*lines, "", f"{where['gpu']}, torch {where['torch']}, commit {where['commit']}."])
 
 
+def explorer_table(results: dict) -> str:
+    """How long the explorer's answers take."""
+    lines = ["| answer | first, ms | p50, ms | p95, ms | kB |", "|---|---:|---:|---:|---:|"]
+    for name, found in results["endpoints"].items():
+        times = " | ".join(f"{found[each]:,.1f}" for each in ("first_ms", "p50_ms", "p95_ms"))
+        lines.append(f"| {name} | {times} | {found['bytes'] / 1e3:,.1f} |")
+    threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+    shape = f"V {results['vocab_size']:,}, {results['layers']} layers of {results['keys']:,} keys"
+    where = f"{results['cpu']}, {threads}, load average {results['load_average']:.1f}, commit {results['commit']}"
+    return "\n".join([*lines, "", f"{shape}, an index of {results['index_bytes'] / 1e6:,.0f} MB; {where}."])
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[dict], str]]] = {
     "README.md": {
         "demo": demo_table,
@@ -251,6 +263,11 @@ DOCUMENTS: dict[str, dict[str, Callable[[dict], str]]] = {
     },
     "docs/converting.md": {"convert": convert_table},
     "docs/index-format.md": {"index": index_table},
+    "docs/explorer.md": {
+        "explorer-1b": explorer_table,
+        "explorer-mini": explorer_table,
+        "explorer-1b-model": explorer_table,
+    },
 }
 
 
