@@ -99,9 +99,9 @@ def row_lengths(memory: TokenMemory, *, layer: int, kept: Kept) -> Float[Tensor,
 def all_coefficients(
     memory: TokenMemory, *, layer: int, kept: Kept
 ) -> Iterator[tuple[Float[Tensor, "U K"], Float[Tensor, " U"]]]:
-    """The coefficients of `memory.vocabulary_chunks()` in at least fp32, and the length of each token's.
+    """The coefficients of all tokens in at least fp32, and the length of each token's, in parts.
 
-    They are kept where there is room for all of a layer.
+    They are kept, and are one part, where there is room for all of a layer.
     """
     precise = precise_memory(memory.model, layer=layer)
     chunks = memory.vocabulary_chunks()
@@ -115,9 +115,8 @@ def all_coefficients(
         return torch.cat(coefficients), torch.cat(lengths)
 
     if holds_coefficients(memory, kept):
-        sizes = [len(ids) for ids in chunks]
-        both = kept.get("coefficients", coefficient_weights(memory, layer), whole)
-        yield from zip(*(each.split(sizes) for each in both), strict=True)
+        coefficients, lengths = kept.get("coefficients", coefficient_weights(memory, layer), whole)
+        yield coefficients, lengths
     else:
         yield from map(computed, chunks)
 

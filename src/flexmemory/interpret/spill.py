@@ -115,8 +115,8 @@ def spill(memory: TokenMemory, patch: Patch, *, kept: Kept | None = None, progre
     moved = torch.zeros(memory.vocab_size, len(layers), dtype=torch.float64)
     bar = tqdm(layers, desc="rows that move", unit="layer", leave=False, disable=None if progress else True)
     for place, layer in enumerate(bar):
-        moved[:, place] = _moved_by_cells(memory, edited, patch, layer=layer, kept=kept)
         before, after = precise_memory(memory.model, layer=layer), precise_memory(edited, layer=layer)
+        moved[:, place] = _moved_by_cells(memory, before, after, patch, layer=layer, kept=kept)
         named = _named(patch, before, after, layer)
         if len(named):
             change = after.rows(named, layer=layer).double() - before.rows(named, layer=layer).double()
@@ -142,16 +142,16 @@ def _named(patch: Patch, before: TokenMemory, after: TokenMemory, layer: int) ->
 
 
 def _moved_by_cells(
-    memory: TokenMemory, edited: Transformer, patch: Patch, *, layer: int, kept: Kept
+    memory: TokenMemory, before: TokenMemory, after: TokenMemory, patch: Patch, *, layer: int, kept: Kept
 ) -> Float[Tensor, " V"]:
     """How far changed cells move rows: (c' - c) v' + c (v' - v) of each, which keeps the digits of small changes."""
     cells = _changed_cells(patch, layer, memory.num_keys).to(memory.model.device)
     if not len(cells):
         return torch.zeros(memory.vocab_size, dtype=torch.float64)
-    before, after = precise_memory(memory.model, layer=layer), precise_memory(edited, layer=layer)
-    new = after.values(layer)[cells]
-    change = new - before.values(layer)[cells]
     every = len(cells) == memory.num_keys
+    here = slice(None) if every else cells
+    new = after.values(layer)[here]
+    change = new - before.values(layer)[here]
     if any(step.layer == layer and step.kind in ("keys", "gates") for step in patch.steps):
         lengths = SumLengths(torch.cat((new, change)))
         chunks = (before.queries(ids, layer=layer) for ids in memory.vocabulary_chunks())
@@ -160,7 +160,7 @@ def _moved_by_cells(
     elif every or holds_coefficients(memory, kept):
         lengths = SumLengths(change)
         found = all_coefficients(memory, layer=layer, kept=kept)
-        parts = [lengths.of(c if every else c[:, cells], at_most=size) for c, size in found]
+        parts = [lengths.of(c[:, here], at_most=size) for c, size in found]
     else:
         lengths = SumLengths(change)
         chunks = (before.queries(ids, layer=layer) for ids in memory.vocabulary_chunks())
@@ -198,8 +198,8 @@ class SumLengths:
         """The length of each sum; weights are no longer than `at_most`, where that is known."""
         lengths = (weights @ self._along).abs()
         sizes = weights.norm(dim=1) if at_most is None else at_most
-        # sqrt(a^2 + b^2) is a to the last digit where b <= a sqrt(epsilon).
-        unsure = self._off * sizes > lengths * torch.finfo(weights.dtype).eps ** 0.5
+        # sqrt(a^2 + b^2) is a but for 4 epsilon, no more than what sums are rounded by, where b <= a sqrt(8 epsilon).
+        unsure = self._off * sizes > lengths * (8 * torch.finfo(weights.dtype).eps) ** 0.5
         if unsure.any():
             lengths[unsure] = (weights[unsure] @ self._vectors).norm(dim=1)
         return lengths

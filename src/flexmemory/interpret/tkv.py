@@ -74,7 +74,8 @@ class TokenMemory:
         """
         self.model = model
         config = model.config
-        if config.has_memory and model.memories[0].ffn is None:
+        self._memories = model.memories if config.has_memory else []
+        if self._memories and self._memories[0].ffn is None:
             raise ValueError("a free table has no keys and values: coefficients need memory_kind ffn or ffn+table")
         self.exact = config.has_memory
         self.layers = tuple(range(config.num_layers if self.exact else 1))
@@ -107,7 +108,7 @@ class TokenMemory:
                 )
             raise ValueError(f"layer {layer} is out of range: the model has layers 0 to {depth - 1}")
         if self.exact:
-            ffn = self.model.memories[layer].ffn
+            ffn = self._memories[layer].ffn
             assert ffn is not None
             return ffn
         block = self.model.blocks[layer]
@@ -142,7 +143,7 @@ class TokenMemory:
         token_ids = token_ids.to(self.model.device)
         embeddings = self.model.embed(token_ids)
         if self.exact:
-            return self.model.memories[layer].query(embeddings)
+            return self._memories[layer].query(embeddings)
         block = self.model.blocks[layer]
         assert isinstance(block, DenseBlock)
         config = self.model.config
@@ -169,7 +170,7 @@ class TokenMemory:
         self.cells(layer)
         check_token_ids(token_ids.cpu(), self.vocab_size)
         token_ids = token_ids.to(self.model.device)
-        return self.model.memories[layer](token_ids, self.model.embed(token_ids))
+        return self._memories[layer](token_ids, self.model.embed(token_ids))
 
     @torch.no_grad()
     def column(self, *, layer: int, key: int) -> Float[Tensor, " V"]:
