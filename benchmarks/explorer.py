@@ -38,7 +38,7 @@ from flexmemory.model.checkpoint import Checkpoint, save_checkpoint
 from flexmemory.model.init import new_model
 from flexmemory.presets import PRESETS, get_preset
 from flexmemory.provenance import provenance
-from flexmemory.serve.explorer import create_app
+from flexmemory.serve.explorer import create_app, settle
 from flexmemory.serve.live import LiveModel
 from flexmemory.serve.records import Records
 from flexmemory.storage import atomic_folder, write_json
@@ -142,6 +142,7 @@ def random_checkpoint(folder: Path, shape: str, tokenizer: Tokenizer) -> Checkpo
 def serving(records: Records, live: LiveModel, checkpoint: Checkpoint) -> Iterator[str]:
     """The address of a server."""
     app = create_app(records, live, checkpoint=checkpoint, name="benchmark")
+    settle()
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

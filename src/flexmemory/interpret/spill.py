@@ -43,8 +43,6 @@ class Spill:
     memory: TokenMemory
     """What would be edited."""
 
-    edited: Transformer
-    """What it would be then."""
     kept: Kept
     """What is known of the memory."""
 
@@ -96,12 +94,20 @@ class Spill:
 
 
 @torch.no_grad()
-def spill(memory: TokenMemory, patch: Patch, *, kept: Kept | None = None, progress: bool = True) -> Spill:
+def spill(
+    memory: TokenMemory,
+    patch: Patch,
+    *,
+    edited: Transformer | None = None,
+    kept: Kept | None = None,
+    progress: bool = True,
+) -> Spill:
     """How far `patch` would move every token's row. Rows are computed in at least fp32.
 
     Args:
         memory: What it would be applied to, which is not changed.
         patch: The edit.
+        edited: What the patch makes of the model, where it was made before.
         kept: What is known of memories that share weights with this one; what is found out is added.
         progress: Whether a bar is shown (on a terminal).
 
@@ -109,7 +115,7 @@ def spill(memory: TokenMemory, patch: Patch, *, kept: Kept | None = None, progre
         ValueError: the patch is for another model.
     """
     kept = Kept() if kept is None else kept
-    edited = patch.apply(memory.model)
+    edited = patch.apply(memory.model) if edited is None else edited
     has_embedding = any(step.kind == "embedding" for step in patch.steps)
     layers = memory.layers if has_embedding else tuple(sorted({step.layer for step in patch.steps}))
     moved = torch.zeros(memory.vocab_size, len(layers), dtype=torch.float64)
@@ -121,7 +127,7 @@ def spill(memory: TokenMemory, patch: Patch, *, kept: Kept | None = None, progre
         if len(named):
             change = after.rows(named, layer=layer).double() - before.rows(named, layer=layer).double()
             moved[named.cpu(), place] = change.norm(dim=1).cpu()
-    return Spill(layers=tuple(layers), tokens=patch.tokens, moved=moved, memory=memory, edited=edited, kept=kept)
+    return Spill(layers=tuple(layers), tokens=patch.tokens, moved=moved, memory=memory, kept=kept)
 
 
 def _changed_cells(patch: Patch, layer: int, num_keys: int) -> Int64[Tensor, " S"]:

@@ -18,6 +18,7 @@ from flexmemory.interpret.precise import precise_rows
 from flexmemory.interpret.promotion import direction_of
 from flexmemory.interpret.spill import Spill, spill
 from flexmemory.model.checkpoint import Checkpoint
+from flexmemory.model.transformer import Transformer
 from flexmemory.serve.fields import Fields
 from flexmemory.serve.live import LiveModel
 from flexmemory.serve.records import Records, rounded
@@ -74,8 +75,8 @@ class Bench:
         """
         live, text = self.live, fields.text("text", "")
         with live.lock:
-            patch = self.patch_of(fields)
-            moved = spill(live.memory, patch, kept=live.kept, progress=False)
+            patch, edited = self.patch_of(fields)
+            moved = spill(live.memory, patch, edited=edited, kept=live.kept, progress=False)
             return {
                 "what": list(patch.what),
                 "description": patch.description,
@@ -86,7 +87,7 @@ class Bench:
                 "others": int((moved.moved[moved.others] > 0).any(1).sum()),
                 "layers": moved.summary(counts=self._counts),
                 "worst": [[token, layer, *rounded([size])] for token, layer, size in moved.worst(WORST)],
-                "next": live.compared(text, moved.edited),
+                "next": live.compared(text, edited),
             }
 
     def continued(self, fields: Fields) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class Bench:
         """
         live, text, length = self.live, fields.text("text"), fields.integer("max_new_tokens", 24)
         with live.lock:
-            edited = self.patch_of(fields).apply(live.model)
+            _, edited = self.patch_of(fields)
             both = [live.continued(text, max_new_tokens=length, model=model) for model in (None, edited)]
             return {"continued": both}
 
@@ -121,7 +122,8 @@ class Bench:
                 raise ValueError(
                     f"{MAX_PATCHES} edits are applied; save the patch and start from the edited checkpoint"
                 )
-            self._use([*self.applied, self.patch_of(fields)])
+            patch, _ = self.patch_of(fields)
+            self._use([*self.applied, patch])
             return self.state()
 
     def revert(self, fields: Fields) -> dict[str, Any]:
@@ -142,28 +144,30 @@ class Bench:
         with self.live.lock:
             return stack(self.applied).to_bytes()
 
-    def patch_of(self, fields: Fields) -> Patch:
+    def patch_of(self, fields: Fields) -> tuple[Patch, Transformer]:
         """The patch of a request: a file in base64 (`file`), one that has a name (`patch`), or what `steps` make.
 
-        Steps are made on top of what is applied.
+        Steps are made on top of what is applied. With it comes what it makes of the model that answers.
 
         Raises:
             ValueError: a step is impossible, or there are too many; a file is no patch, or of another checkpoint.
         """
         if file := fields.text("file", ""):
-            return self._of_file(file, name=fields.text("name", "the file")[:100])
+            patch = self._of_file(file, name=fields.text("name", "the file")[:100])
+            return patch, patch.apply(self.live.model)
         if named := fields.text("patch", ""):
             if named not in self._patches:
                 known = ", ".join(self._patches) or "none: start with --compare PATCH, or send a file"
                 raise ValueError(f"there is no patch called {named[:60]!r}; there is {known}")
-            return self._fitting(self._patches[named])
+            patch = self._fitting(self._patches[named])
+            return patch, patch.apply(self.live.model)
         steps = fields.objects("steps")
         if not 1 <= len(steps) <= MAX_STEPS:
             raise ValueError(f"expected 1 to {MAX_STEPS} steps, got {len(steps)}")
         editor = Editor(self.live.memory, self._checkpoint, kept=self.live.kept)
         for step in steps:
             take(editor, step, counts=self._counts)
-        return editor.patch
+        return editor.patch, editor.memory.model
 
     def _of_file(self, file: str, *, name: str) -> Patch:
         try:
