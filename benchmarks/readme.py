@@ -247,7 +247,8 @@ def explorer_table(results: dict) -> str:
     for name, found in results["endpoints"].items():
         times = " | ".join(f"{found[each]:,.1f}" for each in ("first_ms", "p50_ms", "p95_ms"))
         lines.append(f"| {name} | {times} | {found['bytes'] / 1e3:,.1f} |")
-    threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+    count = results.get("threads", 1)  # earlier results are of one
+    threads = f"{count} thread{'s' if count > 1 else ''}"
     shape = f"V {results['vocab_size']:,}, {results['layers']} layers of {results['keys']:,} keys"
     where = f"{results['cpu']}, {threads}, load average {results['load_average']:.1f}, commit {results['commit']}"
     return "\n".join([*lines, "", f"{shape}, an index of {results['index_bytes'] / 1e6:,.0f} MB; {where}."])
@@ -266,7 +267,6 @@ DOCUMENTS: dict[str, dict[str, Callable[[dict], str]]] = {
     "docs/explorer.md": {
         "explorer-1b": explorer_table,
         "explorer-mini": explorer_table,
-        "explorer-1b-model": explorer_table,
     },
 }
 
