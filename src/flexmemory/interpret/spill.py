@@ -166,7 +166,7 @@ def _moved_by_cells(
     elif every or holds_coefficients(memory, kept):
         lengths = SumLengths(change)
         found = all_coefficients(memory, layer=layer, kept=kept)
-        parts = [lengths.of(c[:, here], at_most=size) for c, size in found]
+        parts = [lengths.of(c if every else c.index_select(1, cells), at_most=size) for c, size in found]
     else:
         lengths = SumLengths(change)
         chunks = (before.queries(ids, layer=layer) for ids in memory.vocabulary_chunks())
