@@ -267,6 +267,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[dict], str]]] = {
     "docs/explorer.md": {
         "explorer-1b": explorer_table,
         "explorer-mini": explorer_table,
+        "explorer-1b-model": explorer_table,
     },
 }
 
