@@ -25,7 +25,8 @@ def run(variant, ppl_nats, *, tokens=100, seed=0, active=1000):
     text = {"nats": ppl_nats, "stderr": 0.01, "perplexity": 1.0, "perplexity_stderr": 0.1}
     return {
         "size": "nano", "variant": variant, "seed": seed, "lr": 1e-3, "tokens": tokens,
-        "parameters": {"active": active, "backbone": 2000}, "texts": {"held-out": text}, "tasks": {},
+        "parameters": {"active": active, "backbone": 2000, "embedding": 64},
+        "model": {"hidden_size": 8}, "texts": {"held-out": text}, "tasks": {},
     }  # fmt: skip
 
 

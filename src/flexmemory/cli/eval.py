@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import tyro
 
 from flexmemory.device import resolve_device
 from flexmemory.engine.int8 import Int8Part
-from flexmemory.engine.loading import DTYPES, RowPlace, load_model
+from flexmemory.engine.loading import DTYPES, LoadedModel, RowPlace, load_model
 from flexmemory.evaluate.likelihood import BATCH_TOKENS
 from flexmemory.evaluate.perplexity import Perplexity, perplexity
 from flexmemory.evaluate.probes import layer_alphas, scaled_ffn
@@ -35,6 +36,54 @@ class Text(NamedTuple):
     num_words: int | None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedOptions:
+    """Which model is measured, and what of it."""
+
+    tol: Path | None = None
+    """A ToL store built from the checkpoint: rows are looked up, and FFN-M weights are never loaded."""
+    rows: RowPlace | None = None
+    """Where rows come from; by default disk with --tol and compute without."""
+    keep_layers: int | None = None
+    """Layers of each row to read, the first ones in the store's order."""
+    int8: Int8Part | None = None
+    """Weights to make int8: of the output head, or of all projections."""
+    alpha: float = 1.0
+    """Factor of what every FFN adds (FFN-M in memory and flex models)."""
+    drop_layers: tuple[int, ...] = ()
+    """Layers whose FFN adds nothing."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ..., or auto: the GPU where there is one."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the computation; auto is the stored dtype."""
+
+    def alphas(self, checkpoint: Checkpoint) -> tuple[float, ...]:
+        """A factor for each layer.
+
+        Raises:
+            ValueError: a layer to drop does not exist.
+        """
+        return layer_alphas(checkpoint.config.num_layers, alpha=self.alpha, drop_layers=self.drop_layers)
+
+    def load(self, checkpoint: Checkpoint) -> LoadedModel:
+        """The model, and a line in the log about it.
+
+        Raises:
+            ValueError: the options do not go together.
+        """
+        loaded = load_model(
+            checkpoint,
+            tol=self.tol,
+            rows=self.rows,
+            keep_layers=self.keep_layers,
+            device=resolve_device(self.device),
+            dtype=DTYPES.get(self.dtype),
+            int8=self.int8,
+        )
+        logger.info("%s", loaded.describe())
+        return loaded
+
+
 def ppl(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     /,
@@ -43,16 +92,9 @@ def ppl(
     split: Literal["validation", "train"] = "validation",
     text_field: str = "text",
     max_tokens: int | None = None,
-    tol: Path | None = None,
-    rows: RowPlace | None = None,
-    keep_layers: int | None = None,
-    int8: Int8Part | None = None,
-    alpha: float = 1.0,
-    drop_layers: tuple[int, ...] = (),
+    options: Annotated[JudgedOptions, tyro.conf.arg(name="")] = JudgedOptions(),
     seq_len: int | None = None,
     batch_size: int = 8,
-    device: str = "auto",
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
     """Perplexity with its standard error, bits per byte and, for text, word-level perplexity.
 
@@ -62,32 +104,16 @@ def ppl(
         split: Which split of prepared data.
         text_field: Where .jsonl and .parquet keep the text.
         max_tokens: Evaluate only the first tokens.
-        tol: A ToL store built from the checkpoint: rows are looked up, and FFN-M weights are never loaded.
-        rows: Where rows come from; by default disk with --tol and compute without.
-        keep_layers: Layers of each row to read, the first ones in the store's order.
-        int8: Weights to make int8: of the output head, or of all projections.
-        alpha: Factor of what every FFN adds (FFN-M in memory and flex models).
-        drop_layers: Layers whose FFN adds nothing.
+        options: What is measured of the model.
         seq_len: Tokens per window; by default the model's longest sequence.
         batch_size: Windows per forward pass.
-        device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
-        dtype: Of the computation; auto is the stored dtype.
     """
     opened = Checkpoint.open(checkpoint)
-    alphas = layer_alphas(opened.config.num_layers, alpha=alpha, drop_layers=drop_layers)
+    alphas = options.alphas(opened)
     text = read_text(data, opened, split=split, text_field=text_field)
     if max_tokens is not None and max_tokens < len(text.stream):
         text = Text(text.stream[:max_tokens], None, None)
-    loaded = load_model(
-        opened,
-        tol=tol,
-        rows=rows,
-        keep_layers=keep_layers,
-        device=resolve_device(device),
-        dtype=DTYPES.get(dtype),
-        int8=int8,
-    )
-    logger.info("%s", loaded.describe())
+    loaded = options.load(opened)
     with scaled_ffn(loaded.model, alphas, loaded.row_source) as row_source:
         result = perplexity(
             loaded.model,
@@ -109,15 +135,8 @@ def tasks(
     tasks: tuple[str, ...] = TASKS,
     limit: int | None = None,
     out: Path | None = None,
-    tol: Path | None = None,
-    rows: RowPlace | None = None,
-    keep_layers: int | None = None,
-    int8: Int8Part | None = None,
-    alpha: float = 1.0,
-    drop_layers: tuple[int, ...] = (),
+    options: Annotated[JudgedOptions, tyro.conf.arg(name="")] = JudgedOptions(),
     batch_tokens: int = BATCH_TOKENS,
-    device: str = "auto",
-    dtype: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
     """Zero-shot accuracy with its standard error, with the prompts and metrics of lm-evaluation-harness.
 
@@ -127,18 +146,11 @@ def tasks(
         tasks: What to measure; by default all.
         limit: Take the first documents of each task only.
         out: Write figures and the result of each document to this JSON file, which is replaced.
-        tol: A ToL store built from the checkpoint: rows are looked up, and FFN-M weights are never loaded.
-        rows: Where rows come from; by default disk with --tol and compute without.
-        keep_layers: Layers of each row to read, the first ones in the store's order.
-        int8: Weights to make int8: of the output head, or of all projections.
-        alpha: Factor of what every FFN adds (FFN-M in memory and flex models).
-        drop_layers: Layers whose FFN adds nothing.
+        options: What is measured of the model.
         batch_tokens: Positions of one forward pass, padding included.
-        device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
-        dtype: Of the computation; auto is the stored dtype.
     """
     opened = Checkpoint.open(checkpoint)
-    alphas = layer_alphas(opened.config.num_layers, alpha=alpha, drop_layers=drop_layers)
+    alphas = options.alphas(opened)
     encoded = EncodedTasks.of(
         [load_task(name, data, limit=limit) for name in tasks],
         opened.tokenizer(),
@@ -147,17 +159,20 @@ def tasks(
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(
-        opened, tol=tol, rows=rows, keep_layers=keep_layers, device=resolve_device(device), dtype=DTYPES.get(dtype),
-        int8=int8,
-    )  # fmt: skip
-    logger.info("%s", loaded.describe())
+    loaded = options.load(opened)
     with scaled_ffn(loaded.model, alphas, loaded.row_source) as row_source:
         scores = score_tasks(loaded.model, encoded, row_source=row_source)
     if out is not None:
-        settings = {"checkpoint": str(checkpoint), "tol": None if tol is None else str(tol), "rows": loaded.rows,
-                    "dtype": str(loaded.model.dtype), "int8": int8, "keep_layers": keep_layers, "alphas": alphas,
-                    "limit": limit}  # fmt: skip
+        settings = {
+            "checkpoint": str(checkpoint),
+            "tol": None if options.tol is None else str(options.tol),
+            "rows": loaded.rows,
+            "dtype": str(loaded.model.dtype),
+            "int8": options.int8,
+            "keep_layers": options.keep_layers,
+            "alphas": alphas,
+            "limit": limit,
+        }
         results = {name: score.to_json() for name, score in scores.items()}
         write_json(out, {"settings": settings, "provenance": provenance(), "tasks": results})
     print(task_table(scores))

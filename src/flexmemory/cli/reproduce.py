@@ -16,6 +16,10 @@ from flexmemory.tokenizer import Tokenizer
 from flexmemory.train.prepare import prepare
 
 Part = Literal["data", "speed", "runs", "quality", "probes", "pruning", "compression", "cells", "cost", "page"]
+MEASURED = {
+    "quality": quality, "probes": probes, "pruning": pruning, "compression": compression, "cells": cells, "cost": cost,
+}  # fmt: skip
+"""What is measured of trained models."""
 VOCAB_SIZE = 8192
 QUICK_VOCAB_SIZE = 512
 logger = logging.getLogger(__name__)
@@ -73,9 +77,9 @@ def reproduce(
         train_runs([run for size in study.sizes for run in sweep(size)], work, at_once=at_once, device=study.device)
         wanted = [run for size in study.sizes for run in study.wanted(size)]
         train_runs(wanted, work, at_once=at_once, device=study.device)
-    for part in (quality, probes, pruning, compression, cells, cost):
-        if part.__name__.rpartition(".")[2] in parts:
-            part.measure(study)
+    for part, module in MEASURED.items():
+        if part in parts:
+            module.measure(study)
     if "page" in parts:
         written = report.write(study.results, page or work / "study.md")
         print(written)

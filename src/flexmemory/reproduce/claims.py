@@ -37,7 +37,7 @@ class Claim:
 def claims(found: Found) -> list[Claim]:
     """All that the results say something of."""
     makers = (
-        _equal_total, _equal_active, _flex_close, _more_is_better, _gap_closes, _alpha, _recall, _layers, _base_layers,
+        _totals_and_active, _more_is_better, _gap_closes, _alpha, _recall, _layers, _base_layers,
         _pruning, _bits, _ranks, _spectra, _clusters, _outliers,
     )  # fmt: skip
     return [claim for make in makers for claim in make(found)]
@@ -75,39 +75,36 @@ def _noise(found: Found) -> float:
     return 2 * math.sqrt(2) * (found.seed_deviation() or 0.0)
 
 
-def _equal_total(found: Found) -> Iterator[Claim]:
-    said, changes = _compared(found, "memory", "base")
-    yield Claim(
-        source="perplexity by parameters", claim="MemoryLLM is behind the base at equal total parameters and tokens",
-        paper="+11.9 % perplexity (737M, C4, 50B tokens)", ours=said,
-        verdict=_verdict([c > 0 for c in changes], [math.log1p(c) > _noise(found) for c in changes]),
-        rule="behind at every size by more than two deviations between seeds",
+def _against(found: Found, variant: str, base: str, *, claim: str, paper: str, ahead: bool, source: str) -> Claim:
+    """Whether a variant is ahead of a base, or behind, at every size."""
+    said, changes = _compared(found, variant, base)
+    gains = [-math.log1p(change) if ahead else math.log1p(change) for change in changes]
+    return Claim(
+        source=source, claim=claim, paper=paper, ours=said,
+        verdict=_verdict([gain > 0 for gain in gains], [gain > _noise(found) for gain in gains]),
+        rule=f"{'ahead' if ahead else 'behind'} at every size by more than two deviations between seeds",
     )  # fmt: skip
 
 
-def _equal_active(found: Found) -> Iterator[Claim]:
-    said, changes = _compared(found, "memory", "base-as-memory")
-    yield Claim(
-        source="perplexity by parameters", claim="MemoryLLM is ahead of a base with as many active parameters",
-        paper="-4.8 % (245M active against a base of 265M)", ours=said,
-        verdict=_verdict([c < 0 for c in changes], [-math.log1p(c) > _noise(found) for c in changes]),
-        rule="ahead at every size by more than two deviations between seeds",
+def _totals_and_active(found: Found) -> Iterator[Claim]:
+    where, curves = "perplexity by parameters", "Fig. 9, 10"
+    yield _against(
+        found, "memory", "base", claim="MemoryLLM is behind the base at equal total parameters and tokens",
+        paper="+11.9 % perplexity (737M, C4, 50B tokens)", ahead=False, source=where,
     )  # fmt: skip
-
-
-def _flex_close(found: Found) -> Iterator[Claim]:
+    yield _against(
+        found, "memory", "base-as-memory", claim="MemoryLLM is ahead of a base with as many active parameters",
+        paper="-4.8 % (245M active against a base of 265M)", ahead=True, source=where,
+    )  # fmt: skip
     said, changes = _compared(found, "flex3", "base")
     yield Claim(
-        source="Fig. 9, 10", claim="Flex-3 nearly closes the gap to the base at equal total parameters",
+        source=curves, claim="Flex-3 nearly closes the gap to the base at equal total parameters",
         paper="close to base-1208M", ours=said,
         verdict=_verdict([c < 0.02 for c in changes], [True]), rule="at most 2 % behind at every size",
     )  # fmt: skip
-    said, changes = _compared(found, "flex3", "base-as-flex3")
-    yield Claim(
-        source="Fig. 9, 10", claim="Flex-3 is ahead of a base with as many active parameters",
-        paper="704M active ahead of base-737M", ours=said,
-        verdict=_verdict([c < 0 for c in changes], [-math.log1p(c) > _noise(found) for c in changes]),
-        rule="ahead at every size by more than two deviations between seeds",
+    yield _against(
+        found, "flex3", "base-as-flex3", claim="Flex-3 is ahead of a base with as many active parameters",
+        paper="704M active ahead of base-737M", ahead=True, source=curves,
     )  # fmt: skip
 
 
@@ -159,7 +156,7 @@ def _rises(found: Found, variant: str, alpha: float, text: str | None = None) ->
 def _alpha(found: Found) -> Iterator[Claim]:
     base, memory = dict(_rises(found, "base", 0.5)), dict(_rises(found, "memory", 0.5))
     few = {variant: dict(_rises(found, variant, 0.2)) for variant in ("base", "memory")}
-    sizes = [size for size in base if size in memory]
+    sizes = [size for size in base if all(size in rises for rises in (memory, few["base"], few["memory"]))]
     yield Claim(
         source="Table 1, Fig. 7", claim="FFNs scaled by alpha: the base degrades more than MemoryLLM",
         paper="base worse at every alpha",

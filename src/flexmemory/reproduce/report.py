@@ -52,21 +52,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 
 
 def _head(found: Found) -> Lines:
     where = found.provenance["quality"]
+    device = where["gpu"] if where["gpu"] != "none" else where["cpu"]
     yield "# The study: the paper's claims, at a size that can be trained here\n"
     yield (
-        "Written by `flexmemory reproduce` from committed results; nothing on this page is typed by hand. Each "
-        "claim has the paper's "
-        "number, ours, and a verdict by the rule beside it. The paper trains 250M to 1.2B parameters on 25 to "
-        "150 billion tokens of C4; "
-        "this study a few million parameters on tens of millions. **A verdict says what holds at this scale, not "
-        "whether the paper is right.**\n"
+        "Written by `flexmemory reproduce` from its results. Each claim has the paper's number, ours, and a verdict by "
+        "the rule beside it. The paper trains 250M to 1.2B parameters on 25 to 150 billion tokens of C4; this study has "
+        f"{_scale(found)}. **A verdict says what holds at this scale, not whether the paper is right.**\n"
     )
     yield f"    {COMMAND}\n"
-    yield (
-        f"Models were trained and judged on: {where['gpu'] if where['gpu'] != 'none' else where['cpu']}, torch "
-        f"{where['torch']}, "
-        f"commit {where['commit']}.\n"
-    )
+    yield f"Models were trained and judged on: {device}, torch {where['torch']}, commit {where['commit']}.\n"
 
 
 def _claims(found: Found) -> Lines:
@@ -137,13 +131,7 @@ def _equal_time(found: Found) -> Lines:
     yield "**At equal training time?**\n"
     speed = found.parts["speed"]
     if not speed:
-        yield (
-            "Not measured at these sizes in this run. Training alone on a GPU has its own table in the README: "
-            "at the paper's 1B shape memory "
-            "takes 1.68 to 1.79 times the dense model's tokens in the same time; models as small as these are "
-            "bound by the launch of "
-            "kernels, not by arithmetic.\n"
-        )
+        yield "Not measured at these sizes in this run; the README has the rates at the paper's shapes.\n"
         return
     rows = []
     for entry in speed.values():
@@ -238,30 +226,41 @@ def _plots(images: dict[str, str]) -> Lines:
         yield f"![{CAPTIONS[name]}]({path})\n\n{CAPTIONS[name]}.\n"
 
 
+def _scale(found: Found) -> str:
+    """What was trained, said: parameters, vocabulary, tokens."""
+    runs = list(found.parts["quality"].values())
+    bases = [run for size in found.sizes if (run := found.run(size, "base")) is not None]
+    sizes = " and ".join(f"{run['parameters']['backbone'] / 1e6:.3g}M" for run in bases)
+    vocab = max(run["parameters"]["embedding"] // run["model"]["hidden_size"] for run in runs)
+    fewest, most = (choose(run["tokens"] for run in runs) for choose in (min, max))
+    return (
+        f"{sizes} parameters beside embedding and head, a vocabulary of {vocab:,}, "
+        f"{fewest / 1e6:.3g}M to {most / 1e6:.3g}M training tokens"
+    )
+
+
 def _limits(found: Found) -> Lines:
     yield "## What limits this\n"
     yield (
-        "- Scale: 6 and 21 million parameters beside embedding and head, a vocabulary of 8,192, sequences of 512 "
-        "tokens, at most one pass over "
-        "129 million tokens of encyclopaedia, books and news. Order and even sign of differences between "
-        "architectures change with "
-        "tokens here, as the first table of Questions shows."
+        f"- Scale: {_scale(found)}. Where the first table of Questions changes order or sign with tokens, a verdict is "
+        "one of these tokens alone."
     )
     for size in found.sizes:
         rates = sorted(found.sweep(size, "base"))
         if len(rates) > 1 and found.lr(size) in (rates[0], rates[-1]):
             swept = ", ".join(f"{rate:g}" for rate in rates)
             yield (
-                f"- {size}: the base's best learning rate lies at the edge of the sweep ({swept}), "
-                "so the base may "
-                "do better at another; memory and flex models were not given their own best either."
+                f"- {size}: the base's best learning rate lies at the edge of the sweep ({swept}), so the base may do "
+                "better at another; memory and flex models were not given their own best either."
             )
     yield "- One recipe, chosen on the base. One seed but where another is named."
-    yield (
-        "- Tasks: at these sizes most are at chance, so claims about recall and reasoning cannot be decided. "
-        "HellaSwag is a subset of "
-        "1,000 documents. Texts are judged in fp32, tasks in bf16 on a GPU."
-    )
+    if found.has_tasks:
+        scored = next(run["tasks"] for run in found.parts["quality"].values() if run["tasks"])
+        documents = ", ".join(f"{task} {score['documents']:,}" for task, score in scored.items())
+        yield (
+            "- Tasks that are at chance decide nothing about recall and reasoning. Documents of each: "
+            f"{documents}. Texts are judged in fp32, tasks in bf16 on a GPU."
+        )
     yield (
         "- Table 6 (time and memory of a token) at the 1B shape is in the README, by the engine; figure 5: the map of "
         "the [explorer](explorer.md) and of the [findings](findings.md)."
@@ -272,4 +271,4 @@ def _limits(found: Found) -> Lines:
     for size in found.sizes:
         for variant in ("base", "memory", "flex3"):
             if found.parts["probes"] and not found.layers(size, variant):
-                yield f"- Probes of {size}-{variant} are not complete: device time ran out."
+                yield f"- Probes of {size}-{variant} are not complete."

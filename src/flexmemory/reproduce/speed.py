@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from flexmemory.device import resolve_device
 from flexmemory.model.init import new_model
 from flexmemory.reproduce.runs import Run, Size
 from flexmemory.reproduce.study import Results, Study
-from flexmemory.train.data import Prefetcher, ShuffledBatches
+from flexmemory.train.data import Batch, Prefetcher, ShuffledBatches
 from flexmemory.train.optimizer import Optimizer
 from flexmemory.train.parallel import World
-from flexmemory.train.step import take_step, training_model
+from flexmemory.train.step import TrainingModel, take_step, training_model
 
 VARIANTS = ("base", "memory", "flex3")
 WARM_STEPS, STEPS = 8, 24
@@ -38,20 +39,15 @@ def _timed(study: Study, size: Size, variant: str) -> dict[str, Any]:
     model = new_model(run.model(study.train_data.vocab_size), seed=0, device=device)
     module = training_model(model, config=config, world=World(device=device))
     optimizer = Optimizer(model, config=config)
-    per_step = config.batch_tokens // config.seq_len // config.micro_batch_size
-    shared = per_step == 1 or not model.config.has_memory
-    batch_size = config.micro_batch_size if shared else config.batch_tokens // config.seq_len
+    rows_shared_by = config.batch_tokens // config.seq_len  # sequences
+    batch_size = rows_shared_by if model.config.has_memory else config.micro_batch_size
     batches = ShuffledBatches(study.train_data.train, config=config, batch_size=batch_size)
-    seconds = []
     numbers = range((WARM_STEPS + STEPS) * batches.per_step)
     with Prefetcher(batches, numbers=numbers, pin_memory=device.type == "cuda") as prefetched:
-        for _ in range(WARM_STEPS + STEPS):
-            started = time.perf_counter()
-            taken = [next(prefetched) for _ in range(batches.per_step)]
-            values = take_step(module, batches=taken, num_batches=len(taken), optimizer=optimizer, lr=1e-4)
-            float(values.scalars[0])  # waits for the device
-            seconds.append(time.perf_counter() - started)
-    step_s = statistics.median(seconds[WARM_STEPS:])
+        _steps(module, optimizer, prefetched, count=WARM_STEPS, per_step=batches.per_step)
+        started = time.perf_counter()
+        _steps(module, optimizer, prefetched, count=STEPS, per_step=batches.per_step)
+        step_s = (time.perf_counter() - started) / STEPS
     return {
         "size": size.family,
         "variant": variant,
@@ -59,3 +55,12 @@ def _timed(study: Study, size: Size, variant: str) -> dict[str, Any]:
         "tokens_per_s": config.batch_tokens / step_s,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
+
+
+def _steps(module: TrainingModel, optimizer: Optimizer, batches: Iterator[Batch], *, count: int, per_step: int) -> None:
+    """Take steps as training does, which waits for the device at the end alone."""
+    taken = [
+        take_step(module, batches=islice(batches, per_step), num_batches=per_step, optimizer=optimizer, lr=1e-4)
+        for _ in range(count)
+    ]
+    taken[-1].scalars.cpu()

@@ -20,8 +20,6 @@ from flexmemory.tol.trellis import NOISE
 
 RUN = 8
 """Coefficients that get one width: whole bytes at any."""
-
-
 LEAST_RING = 32
 """Bits of a slice below which its codes are too few for a trellis: the levels of each are chosen alone."""
 
