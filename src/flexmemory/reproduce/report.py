@@ -56,7 +56,7 @@ def _head(found: Found) -> Lines:
     yield "# The study: the paper's claims, at a size that can be trained here\n"
     yield (
         "Written by `flexmemory reproduce` from its results. Each claim has the paper's number, ours, and a verdict by "
-        "the rule beside it. The paper trains 250M to 1.2B parameters on 25 to 150 billion tokens of C4; this study has "
+        "the rule beside it. The paper trains 250M to 1.2B parameters on 25 to 150 billion tokens of C4; here it is "
         f"{_scale(found)}. **A verdict says what holds at this scale, not whether the paper is right.**\n"
     )
     yield f"    {COMMAND}\n"
