@@ -222,11 +222,17 @@ def test_an_export_opens_from_any_server(page, explored, tmp_path):
     write_export(explored.records, explored.live, tmp_path / "out", name="nano")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # one connection for many files, as web servers have it
+
         def log_message(self, format, *args):
             pass
 
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 128  # of the 5 by default a busy machine loses connections
+        daemon_threads = True  # connections that are kept wait for no one
+
     handler = functools.partial(Quiet, directory=tmp_path / "out")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with Server(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         with contextlib.ExitStack() as stack:
