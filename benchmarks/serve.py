@@ -121,10 +121,12 @@ def resident_bytes(process: int) -> int:
     return int(found[1]) * 1024
 
 
-def start_server(checkpoint: Path, store: Path, *, sequences: int, log: Path) -> tuple[subprocess.Popen, str]:
+def start_server(
+    checkpoint: Path, store: Path, *, device: str, sequences: int, log: Path
+) -> tuple[subprocess.Popen, str]:
     """The process and its address."""
     command = [sys.executable, "-m", "flexmemory", "serve", str(checkpoint), "--tol", str(store), "--rows", "disk"]
-    command += ["--device", "cpu", "--port", "0", "--max-sequences", str(sequences), "--queue", "256"]
+    command += ["--device", device, "--port", "0", "--max-sequences", str(sequences), "--queue", "256"]
     process = subprocess.Popen(command, stderr=log.open("w"))
     while process.poll() is None:
         if found := re.search(r"served at (http://\S+)/v1 ", log.read_text()):
@@ -142,7 +144,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     store = folder / "tol"
     build_store(Checkpoint.open(args.checkpoint), store, codec="bf16")
     text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
-    process, url = start_server(args.checkpoint, store, sequences=args.sequences, log=folder / "log")
+    log = folder / "log"
+    process, url = start_server(args.checkpoint, store, device=args.device, sequences=args.sequences, log=log)
     memory, rounds = [], []
     try:
         for number in range(args.rounds):
@@ -170,6 +173,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     measured = rounds[1:]  # the first warms up
     loads = [load for load, _ in measured]
     return {
+        "device": args.device,
         "clients": args.clients,
         "sequences": args.sequences,
         "requests": sum(load.sent for load in loads),
@@ -222,6 +226,7 @@ def render(text: str, results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--requests", type=int, default=8, help="of each client in a round")

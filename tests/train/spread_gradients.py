@@ -1,6 +1,6 @@
 """A program for test_parallel.py, run by torchrun: gradients of one step, spread over the processes.
 
-spread_gradients.py DATA OUT
+spread_gradients.py DATA OUT DEVICE
 """
 
 import os
@@ -36,25 +36,26 @@ def gradients(world: World, *, data: Path) -> dict[str, torch.Tensor]:
     """Loss, gradients and norms of every case in fp64."""
     tensors, dataset = {}, TokenDataset.open(data)
     for case, (model_config, config) in CASES.items():
-        module = training_model(random_model(model_config), config=config, world=world)
+        module = training_model(random_model(model_config).to(world.device), config=config, world=world)
         once = config.rows_per in ("step", "job") and model_config.has_memory
         batch_size = config.batch_tokens // config.seq_len // world.size if once else config.micro_batch_size
         batches = ShuffledBatches(dataset.train, config=config, batch_size=batch_size)
         own = batches.per_step // world.size
-        loss = torch.zeros(2)
+        loss = torch.zeros(2, device=world.device)
         for number in range(own):
             values, _ = accumulate(module, batches[world.rank * own + number], last=number == own - 1)
             loss += values / world.size
-        tensors[f"{case}.loss"] = world.sum(loss)
+        tensors[f"{case}.loss"] = world.sum(loss).cpu()
         for name, parameter in module.model.named_parameters():
             assert parameter.grad is not None
-            tensors[f"{case}.{name}"] = whole(parameter.grad).clone()
-        tensors[f"{case}.norms"] = Optimizer(module.model, config=config, world=world).step(lr=0.0, clip_norm=1.0)
+            tensors[f"{case}.{name}"] = whole(parameter.grad).clone().cpu()
+        norms = Optimizer(module.model, config=config, world=world).step(lr=0.0, clip_norm=1.0)
+        tensors[f"{case}.norms"] = norms.cpu()
     return tensors
 
 
 if __name__ == "__main__":
-    with join("cpu") as world:
+    with join(sys.argv[3]) as world:
         found = gradients(world, data=Path(sys.argv[1]))
         if world.is_main:
             save_file(found, sys.argv[2])

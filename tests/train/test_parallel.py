@@ -56,11 +56,16 @@ def run_on(processes: int, *command: str) -> str:
     return said
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_gradients_of_a_step_are_those_of_one_process(processes, prepared, tmp_path):
+TWO_GPUS = (pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))
+
+
+@pytest.mark.parametrize(
+    ("processes", "device"), [(2, "cpu"), (4, "cpu"), pytest.param(2, "cuda", marks=TWO_GPUS, id="nccl")]
+)
+def test_gradients_of_a_step_are_those_of_one_process(processes, device, prepared, tmp_path):
     out = tmp_path / "gradients.safetensors"
     program = str(ROOT / "tests" / "train" / "spread_gradients.py")
-    code, said = ended(torchrun(program, str(prepared), str(out), processes=processes))
+    code, said = ended(torchrun(program, str(prepared), str(out), device, processes=processes))
     assert code == 0, said
     expected = gradients(World(device=torch.device("cpu")), data=prepared)
     found = load_file(out)
@@ -125,9 +130,11 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(prepared, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS, id="nccl")])
+def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(device, prepared, tmp_path):
     out = tmp_path / "run"
-    process = torchrun("-m", "flexmemory", *arguments(prepared, out, "--total-tokens", "2560000"), processes=2)
+    place = ("--device", device, "--compile", "off")
+    process = torchrun("-m", "flexmemory", *arguments(prepared, out, "--total-tokens", "2560000", *place), processes=2)
     wait_for(lambda: list_checkpoints(out), process)
     os.kill(workers(process)[1], signal.SIGKILL)
     code, said = ended(process)
@@ -135,7 +142,8 @@ def test_a_killed_process_ends_the_run_which_goes_on_from_its_checkpoint(prepare
     assert "process 0 of 2 lost another process of the run, which ended; run the same command with --resume" in said
     kept = list_checkpoints(out)[-1]
     steps = int(kept.name[5:]) + 2
-    said = run_on(2, *arguments(prepared, out, "--resume", "--total-tokens", str(256 * steps), "--rows-per", "auto"))
+    more = ("--resume", "--total-tokens", str(256 * steps), "--rows-per", "auto", *place)
+    said = run_on(2, *arguments(prepared, out, *more))
     assert "unique ids in all processes" in said
     assert f"resuming after step {steps - 2} of {steps}" in said
     assert list_checkpoints(out)[-1].name == f"step-{steps:08d}"
