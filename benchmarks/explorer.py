@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--index", type=Path)
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--model", action="store_true", help="make a model of the shape, and ask it")
+    parser.add_argument("--device", default="cpu", help="of the model")
     parser.add_argument("--tokenizer", type=Path, help="of that model: a tokenizer.json of as many tokens")
     parser.add_argument("--serve", action="store_true", help="serve until interrupted, and measure nothing")
     parser.add_argument("--out", type=Path)
@@ -249,14 +250,14 @@ def main() -> None:
         synthetic_index(folder, args.shape, checkpoint if args.model else None)
     own = args.model or not args.shape
     records = Records(MemoryIndex.open(folder, checkpoint=checkpoint if own else None))
-    live = LiveModel(checkpoint, records, dtype=torch.float32)
+    live = LiveModel(checkpoint, records, device=args.device, dtype=torch.float32)
     found, load = {}, os.getloadavg()[0]
     with serving(records, live, checkpoint) as address, httpx.Client(base_url=address, timeout=3600) as client:
         if args.serve:
             print(address, flush=True)
             threading.Event().wait()
         for name, ask in endpoints(records, client, live=live if own else None).items():
-            if args.model and name.endswith(MINUTES):
+            if args.model and args.device == "cpu" and name.endswith(MINUTES):
                 continue
             found[name] = measured(ask, requests=3 if args.model and name.startswith("model") else args.requests)
             print(name, {key: round(number, 1) for key, number in found[name].items()}, flush=True)
@@ -266,6 +267,7 @@ def main() -> None:
         "layers": len(index.layers),
         "keys": index.num_keys,
         "index_bytes": index.nbytes,
+        "device": args.device,
         "endpoints": found,
         "load_average": load,
         "threads": torch.get_num_threads(),

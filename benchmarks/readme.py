@@ -250,7 +250,8 @@ def explorer_table(results: dict) -> str:
     count = results.get("threads", 1)  # earlier results are of one
     threads = f"{count} thread{'s' if count > 1 else ''}"
     shape = f"V {results['vocab_size']:,}, {results['layers']} layers of {results['keys']:,} keys"
-    where = f"{results['cpu']}, {threads}, load average {results['load_average']:.1f}, commit {results['commit']}"
+    place = results["gpu"] if results.get("device", "cpu") != "cpu" else results["cpu"]
+    where = f"{place}, {threads}, load average {results['load_average']:.1f}, commit {results['commit']}"
     return "\n".join([*lines, "", f"{shape}, an index of {results['index_bytes'] / 1e6:,.0f} MB; {where}."])
 
 
