@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexmemory.interpret.pairs import PairSet
+from flexmemory.interpret.resampling import Interval, group_mean, interval, resample_weights
 from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.model.transformer import Transformer
 
@@ -38,15 +39,6 @@ class Agreement:
     permuted_ami: float
     """With classes permuted among the tokens (C3)."""
     permuted_v_measure: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A figure and its 95 % interval, over categories drawn with replacement."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,15 +111,17 @@ def sharing(
     """
     place = torch.searchsorted(token_ids.cpu(), torch.stack([pairs.first, pairs.second])).to(points.device)
     scores = pair_cosines(points, *place).cpu()
-    weights = _resampled(pairs, resamples=resamples, seed=seed)  # (R, categories)
+    weights = resample_weights(len(pairs.names), resamples=resamples, seed=seed)
     same = pairs.same
     first, second = place[:, same.to(place.device)]
     shared = jaccard(keys, first, second).cpu()
     group = pairs.groups[same, 0]
     unlike = pairs.dissimilar[same]
     matched = {
-        name: _mean(
-            jaccard(keys, first, torch.searchsorted(token_ids.cpu(), each).to(first.device)).cpu(), group, weights
+        name: group_mean(
+            jaccard(keys, first, torch.searchsorted(token_ids.cpu(), each).to(first.device)).cpu(),
+            group,
+            weights=weights,
         )
         for name, each in pairs.partners.items()
     }
@@ -136,8 +130,8 @@ def sharing(
         auroc_permuted=_permuted(scores, pairs, seed=seed),
         auroc_dissimilar=_auroc(scores[pairs.dissimilar], pairs.groups[pairs.dissimilar], weights),
         auroc_same_kind=_auroc(scores[pairs.same_kind], pairs.groups[pairs.same_kind], weights),
-        jaccard=_mean(shared, group, weights),
-        jaccard_dissimilar=_mean(shared[unlike], group[unlike], weights),
+        jaccard=group_mean(shared, group, weights=weights),
+        jaccard_dissimilar=group_mean(shared[unlike], group[unlike], weights=weights),
         jaccard_matched=matched,
     )
 
@@ -213,13 +207,6 @@ def random_keys(model: Transformer, *, seed: int = 0) -> Transformer:
     return changed
 
 
-def _resampled(pairs: PairSet, *, resamples: int, seed: int) -> Tensor:
-    """How often each category is drawn, in each of R draws of as many as there are."""
-    count = len(pairs.names)
-    drawn = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
-    return F.one_hot(drawn, count).sum(dim=1).double()
-
-
 def _auroc(scores: Tensor, groups: Tensor, weights: Tensor) -> Interval:
     """Wins are counted once for each category against each pair of categories; resamples only weigh them."""
     count = weights.shape[1]
@@ -236,25 +223,7 @@ def _auroc(scores: Tensor, groups: Tensor, weights: Tensor) -> Interval:
     weights_between = (weights[:, :, None] * weights[:, None, :]).flatten(1)
     resampled = ((weights @ wins) * weights_between).sum(dim=1)
     resampled = resampled / ((weights @ sizes) * (weights_between @ sizes_between))
-    return _interval((wins.sum() / (sizes.sum() * sizes_between.sum())).item(), resampled)
-
-
-def _mean(values: Tensor, groups: Tensor, weights: Tensor) -> Interval:
-    """Every category counts the same: else the pairs of the two largest would be most of all."""
-    count = weights.shape[1]
-    sizes = groups.bincount(minlength=count).double()
-    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, values.double())
-    there = (sizes > 0).double()
-    means = sums / sizes.clamp(min=1)
-    resampled = (weights * there) @ means / (weights @ there)
-    return _interval((means.sum() / there.sum()).item(), resampled)
-
-
-def _interval(value: float, resampled: Tensor) -> Interval:
-    low, high = (
-        resampled[resampled.isfinite()].double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    )
-    return Interval(value=value, low=low, high=high)
+    return interval((wins.sum() / (sizes.sum() * sizes_between.sum())).item(), resampled)
 
 
 def _permuted(scores: Tensor, pairs: PairSet, *, seed: int, permutations: int = 20) -> float:
