@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Int64
@@ -110,6 +111,30 @@ def _partners(
         window = windows[token]
         drawn.append(window[int(torch.randint(len(window), (1,), generator=generator))])
     return torch.stack(drawn)
+
+
+def permute_alike(
+    kinds: Sequence[str], counts: Int64[Tensor, " N"], *, seed: int, block: int = 50
+) -> Int64[Tensor, " N"]:
+    """A permutation (N,) of tokens among those of their kind and about their frequency.
+
+    Whatever is said of tokens through it is said of others like them: what remains of a figure is due to kind and
+    frequency alone (C3 and C5 at once).
+
+    Args:
+        kinds: Of each token.
+        counts: Occurrences of each.
+        seed: Of the permutation.
+        block: So many of a kind, next to each other in frequency, change places.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = counts.argsort(stable=True)
+    permutation = torch.arange(len(kinds))
+    for kind in sorted(set(kinds)):
+        members = order[torch.tensor([kinds[i] == kind for i in order.tolist()])]
+        for places in members.split(block):
+            permutation[places] = places[torch.randperm(len(places), generator=generator)]
+    return permutation
 
 
 def dissimilar(first: str, second: str) -> bool:
