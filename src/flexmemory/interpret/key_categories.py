@@ -1,0 +1,62 @@
+"""Do keys stand for categories of meaning? Each key's best, by the interpretability score of Senel et al. 2018.
+
+"Semantic Structure and Interpretability of Word Embeddings" scores a dimension and a category of n words by the share
+of them among the first m n words of the dimension, m from 1 on, and takes the best category and the better end. Their
+categories (SEMCAT) are not at hand; any sets of tokens do. The best of many is above 0 by chance: compare it with the
+same of permuted tokens (`pairs.permute_alike`). Dimension key: N tokens, K keys, n tokens of a category.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+CHUNK_KEYS = 256
+"""Keys whose tokens are sorted at once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KeyScores:
+    """Of each key the category that it fits best."""
+
+    score: Float[Tensor, " K"]
+    """Share of the category's tokens among the key's first tokens, in [0, 1]."""
+    category: Int64[Tensor, " K"]
+    """Number of it; the first of equals."""
+    sign: Int64[Tensor, " K"]
+    """At which end its tokens are: 1 for large coefficients, -1 for small."""
+
+
+@torch.no_grad()
+def key_scores(points: Float[Tensor, "N K"], categories: Sequence[Int64[Tensor, " _"]], *, reach: int = 1) -> KeyScores:
+    """Score every key.
+
+    Args:
+        points: Coefficients; those of equal size count in the order of tokens.
+        categories: Places of the tokens of each category, none twice.
+        reach: m: a category of n tokens is sought among the first m n tokens of either end.
+
+    Raises:
+        ValueError: there are no categories, or one is empty.
+    """
+    if not categories or min(map(len, categories)) == 0:
+        raise ValueError("keys are scored by categories: expected one or more, none of them empty")
+    parts = [_scores(part, categories, reach) for part in points.split(CHUNK_KEYS, dim=1)]
+    scores = torch.cat(parts, dim=2)  # (2, categories, K)
+    best, place = scores.flatten(0, 1).max(dim=0)
+    return KeyScores(score=best, category=place % len(categories), sign=1 - 2 * (place // len(categories)))
+
+
+def _scores(points: Tensor, categories: Sequence[Tensor], reach: int) -> Tensor:
+    ends = []
+    for signed in (points, -points):
+        order = signed.argsort(dim=0, descending=True, stable=True)
+        counting = torch.arange(len(points), device=points.device)[:, None].expand_as(order)
+        ranks = torch.empty_like(order).scatter_(0, order, counting)
+        shares = [(ranks[members] < reach * len(members)).float().mean(dim=0) for members in categories]
+        ends.append(torch.stack(shares))
+    return torch.stack(ends)
