@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
 CHUNK_KEYS = 256
@@ -32,11 +32,26 @@ class KeyScores:
 
 
 @torch.no_grad()
-def key_scores(points: Float[Tensor, "N K"], categories: Sequence[Int64[Tensor, " _"]], *, reach: int = 1) -> KeyScores:
+def end_ranks(points: Float[Tensor, "N K"]) -> Int32[Tensor, "2 N K"]:
+    """The place of each token among a key's, from 0, by large coefficients and by small ones; ties as tokens come."""
+    ranks = torch.empty(2, *points.shape, dtype=torch.int32, device=points.device)
+    counting = torch.arange(len(points), dtype=torch.int32, device=points.device)[:, None]
+    for start in range(0, points.shape[1], CHUNK_KEYS):
+        part = points[:, start : start + CHUNK_KEYS]
+        for end, signed in enumerate((part, -part)):
+            order = signed.argsort(dim=0, descending=True, stable=True)
+            ranks[end, :, start : start + CHUNK_KEYS].scatter_(0, order, counting.expand_as(order))
+    return ranks
+
+
+@torch.no_grad()
+def key_scores(
+    ranks: Int32[Tensor, "2 N K"], categories: Sequence[Int64[Tensor, " _"]], *, reach: int = 1
+) -> KeyScores:
     """Score every key.
 
     Args:
-        points: Coefficients; those of equal size count in the order of tokens.
+        ranks: Of tokens at the ends of keys (`end_ranks`), which serve for many sets of categories.
         categories: Places of the tokens of each category, none twice.
         reach: m: a category of n tokens is sought among the first m n tokens of either end.
 
@@ -45,18 +60,6 @@ def key_scores(points: Float[Tensor, "N K"], categories: Sequence[Int64[Tensor, 
     """
     if not categories or min(map(len, categories)) == 0:
         raise ValueError("keys are scored by categories: expected one or more, none of them empty")
-    parts = [_scores(part, categories, reach) for part in points.split(CHUNK_KEYS, dim=1)]
-    scores = torch.cat(parts, dim=2)  # (2, categories, K)
-    best, place = scores.flatten(0, 1).max(dim=0)
-    return KeyScores(score=best, category=place % len(categories), sign=1 - 2 * (place // len(categories)))
-
-
-def _scores(points: Tensor, categories: Sequence[Tensor], reach: int) -> Tensor:
-    ends = []
-    for signed in (points, -points):
-        order = signed.argsort(dim=0, descending=True, stable=True)
-        counting = torch.arange(len(points), device=points.device)[:, None].expand_as(order)
-        ranks = torch.empty_like(order).scatter_(0, order, counting)
-        shares = [(ranks[members] < reach * len(members)).float().mean(dim=0) for members in categories]
-        ends.append(torch.stack(shares))
-    return torch.stack(ends)
+    shares = [(ranks[:, members] < reach * len(members)).float().mean(dim=1) for members in categories]
+    best, place = torch.cat(shares).max(dim=0)  # of (2 categories, K)
+    return KeyScores(score=best, category=place // 2, sign=1 - 2 * (place % 2))
