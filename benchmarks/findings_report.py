@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "findings.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ("mini-memory", "mini-flex3")
-CONTROLS = ("embedding", "random keys", "untrained", "dense embedding", "dense layer 0")
+CONTROLS = ("embedding", "random keys", "untrained", "dense layer 0", "dense embedding", "co-occurrence", "word lists")
 
 
 def spaces(figures: dict[str, Any]) -> list[str]:
@@ -27,14 +27,23 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def source(results: dict[str, Any]) -> str:
-    """What was measured, and on what."""
-    where = results["provenance"]
-    machine = where["gpu"] if results["device"] == "cuda" else where["cpu"]
+def source(results: dict[str, Any], part: str) -> str:
+    """What was measured, and on what; where spaces were added later, on what those were."""
+    runs = [run for run in results["runs"] if part in run["measured"]]
+    said = []
+    for number, run in enumerate(runs):
+        where = run["provenance"]
+        machine = where["gpu"] if run["device"] == "cuda" else where["cpu"]
+        names = f"{', '.join(run['measured'][part])}: " if number else ""
+        said.append(f"{names}{machine}, torch {where['torch']}, commit {where['commit']}")
     return (
         f"{results['model']}: {results['tokens']:,} tokens, without {results['mask_rule']} "
-        f"({results['counted_tokens']:,} counted). {machine}, torch {where['torch']}, commit {where['commit']}."
+        f"({results['counted_tokens']:,} counted). {'; '.join(said)}."
     )
+
+
+def interval(figures: dict[str, float], form: str) -> str:
+    return f"{figures['value']:{form}} [{figures['low']:{form}}, {figures['high']:{form}}]"
 
 
 def coherence_table(results: dict[str, Any]) -> str:
@@ -61,7 +70,7 @@ def coherence_table(results: dict[str, Any]) -> str:
         for name in spaces(results["coherence"])
     ]
     note = f"{results['clusters']} clusters; in brackets the mean of {results['permutations']} nulls, and z."
-    return f"{table(['', *(title for title, _, _ in columns)], rows)}\n\n{note} {source(results)}"
+    return f"{table(['', *(title for title, _, _ in columns)], rows)}\n\n{note} {source(results, 'coherence')}"
 
 
 def outlier_table(results: dict[str, Any]) -> str:
@@ -82,14 +91,11 @@ def outlier_table(results: dict[str, Any]) -> str:
         [f"layer {layer}", f"{each['mean_size']:.3f}", *(cell(name, each[name]) for name in columns)]
         for layer, each in enumerate(results["outliers"])
     ]
-    return f"{table(['', 'mean abs(c)', *columns.values()], rows)}\n\n{source(results)}"
+    return f"{table(['', 'mean abs(c)', *columns.values()], rows)}\n\n{source(results, 'outliers')}"
 
 
 def sharing_table(results: dict[str, Any]) -> str:
     """Keys in common, then pairs told apart."""
-
-    def interval(figures: dict[str, float], form: str) -> str:
-        return f"{figures['value']:{form}} [{figures['low']:{form}}, {figures['high']:{form}}]"
 
     rows = []
     for name in spaces(results["sharing"]):
@@ -120,7 +126,7 @@ def sharing_table(results: dict[str, Any]) -> str:
         f"tokens, {pairs['same category']:,} pairs of one category ({unlike:,} of strings not alike) among "
         f"{pairs['all']:,}; intervals of 95 % over categories."
     )
-    return f"{table(heads, rows)}\n\n{note} {source(results)}"
+    return f"{table(heads, rows)}\n\n{note} {source(results, 'sharing')}"
 
 
 def agreement_table(results: dict[str, Any]) -> str:
@@ -137,16 +143,77 @@ def agreement_table(results: dict[str, Any]) -> str:
         furthest = max((each["permuted_ami"] for each in found.values()), key=abs)
         rows.append([name, *(f"{each['ami']:.3f}" for each in found.values()), f"{furthest:+.3f}"])
     note = "AMI; permuted: the furthest from 0 of the same with classes permuted."
-    return f"{table(heads, rows)}\n\n{note} {source(results)}"
+    return f"{table(heads, rows)}\n\n{note} {source(results, 'sharing')}"
 
 
 def cluster_table(results: dict[str, Any]) -> str:
     """Some clusters of layer 0, from the most coherent to the least."""
     rows = []
     for each in results["example_clusters"]:
-        tokens = ", ".join(f"`{token}`" if "`" not in token else "backtick" for token in each["medoids"])
-        rows.append([tokens.replace("|", "\\|"), f"{each['size']}", f"{each['cohesion']:.2f}"])
+        rows.append([quoted(each["medoids"]), f"{each['size']}", f"{each['cohesion']:.2f}"])
     return table(["tokens nearest to the centre", "tokens", "cohesion"], rows)
+
+
+def intruder_table(results: dict[str, Any]) -> str:
+    """How often the intruder is found in the clusters of each space."""
+    rows = []
+    for name in spaces(results["intruders"]):
+        found, permuted = (results["intruders"][name][which] for which in ("clusters", "permuted"))
+        shown = [interval(each["accuracy"], ".1%") for each in (found, permuted)]
+        rows.append([name, *shown, f"{found['clusters']}", f"{found['tests']:,}"])
+    judge = results["judge"]
+    note = (
+        f"Chance is 16.7%. The judge: {judge['dimensions']} dimensions, of what stands within {judge['window']} tokens "
+        f"in {judge['tokens']:,} tokens of text; it is asked about tokens that occur there {judge['least_seen']} times "
+        f"or more. Intervals of 95 % over clusters."
+    )
+    heads = ["", "intruders found", "labels permuted", "clusters", "tests"]
+    return f"{table(heads, rows)}\n\n{note} {source(results, 'intruders')}"
+
+
+def key_table(results: dict[str, Any]) -> str:
+    """How well keys fit their best categories, beside permuted tokens."""
+    sources = {"word lists": results["categories"], "WordNet": results["wordnet"]}
+    reaches = {"1": "first n", "5": "first 5 n"}
+    heads = [""]
+    for source_name in sources:
+        for shown in reaches.values():
+            heads += [f"{source_name}, {shown}", "beyond 99 %"]
+    rows = []
+    for name in spaces(results["keys, word lists"]):
+        cells = []
+        for source_name in sources:
+            for reach in reaches:
+                each = results[f"keys, {source_name}"][name][reach]
+                cells += [f"{each['mean']:.1%} ({each['null']:.1%})", f"{each['beyond_99']:.1%}"]
+        rows.append([name, *cells])
+    sizes = [f"{name}: {len(each)} categories, {sum(each.values())} tokens" for name, each in sources.items()]
+    note = (
+        "Mean over keys (coordinates, of other spaces) of the score of the best category, in brackets that of tokens "
+        "permuted among those of their kind and about their frequency; share of keys beyond 99 % of those. "
+        f"{'; '.join(sizes)}."
+    )
+    return f"{table(heads, rows)}\n\n{note} {source(results, 'keys, word lists')}"
+
+
+def key_example_table(results: dict[str, Any]) -> str:
+    """The key of layer 0 that fits each category best."""
+    rows = [
+        [
+            each["category"],
+            f"{'+' if each['sign'] > 0 else '-'}L0K{each['key']}",
+            f"{each['score']:.0%}",
+            quoted(each["tokens"]),
+        ]
+        for each in results["example_keys"]
+    ]
+    return table(["category", "key", "score", "its first tokens"], rows)
+
+
+def quoted(tokens: list[str]) -> str:
+    """Tokens as code, for a cell of a table."""
+    shown = ", ".join(f"`{token}`" if "`" not in token else "backtick" for token in tokens)
+    return shown.replace("|", "\\|")
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -155,6 +222,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sharing": sharing_table,
     "agreement": agreement_table,
     "clusters": cluster_table,
+    "intruders": intruder_table,
+    "keys": key_table,
+    "key_examples": key_example_table,
 }
 
 

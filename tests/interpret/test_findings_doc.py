@@ -13,7 +13,9 @@ PAGE = (REPOSITORY / "docs" / "findings.md").read_text(encoding="utf-8")
 
 def sample(model: str) -> dict:
     """Results of a model of two layers, with figures made up."""
-    names = ["layer 0", "layer 1", "random keys", "untrained", "embedding"]
+    names = ["layer 0", "layer 1", "random keys", "untrained", "embedding", "dense layer 0", "co-occurrence"]
+    parts = ("outliers", "sharing", "coherence", "intruders", "keys, word lists", "keys, WordNet")
+    where = {"cpu": "A processor", "gpu": "NVIDIA H100", "torch": "2.11.0", "commit": "abc"}
     interval = {"value": 0.25, "low": 0.125, "high": 0.5}
     pairs = {
         **dict.fromkeys(("auroc", "auroc_dissimilar", "auroc_same_kind", "jaccard", "jaccard_dissimilar"), interval),
@@ -25,10 +27,14 @@ def sample(model: str) -> dict:
     measures = dict.fromkeys(("cos_gap", "silhouette", "evr", "graph", "stability"), compared)
     means = {"mean": 2.5, "weighted_mean": 1.5}
     outliers = dict.fromkeys(("beyond_layer", "beyond_all", "share_with_any", "half_energy", "participation"), means)
+    found = {"accuracy": interval, "clusters": 99, "tests": 1980}
+    fits = {"mean": 0.25, "null": 0.0625, "null_99": 0.2, "beyond_99": 0.5}
     return {
         "model": model,
-        "provenance": {"cpu": "A processor", "gpu": "NVIDIA H100", "torch": "2.11.0", "commit": "abc"},
-        "device": "cuda",
+        "runs": [
+            {"provenance": where, "device": "cuda", "measured": dict.fromkeys(parts, names)},
+            {"provenance": {**where, "commit": "def"}, "device": "cpu", "measured": {"sharing": ["dense layer 0"]}},
+        ],
         "mask_rule": "tokens that nobody wants",
         "tokens": 8134,
         "counted_tokens": 30_000_000,
@@ -36,10 +42,16 @@ def sample(model: str) -> dict:
         "top_keys": 32,
         "permutations": 5,
         "categories": {"months": 10, "days": 5},
+        "wordnet": {"noun.time": 20},
+        "judge": {"tokens": 16_000_000, "least_seen": 50, "window": 5, "contexts": 4096, "dimensions": 200},
         "pairs": {"all": 105, "same category": 55, "same category, strings not alike": 44},
         "outliers": [{"mean_size": 0.5, **outliers}] * 2,
         "coherence": {name: dict.fromkeys(("scaled", "raw", "weighted"), measures) for name in names},
         "sharing": {name: {"agreement": agreements, "scaled": pairs, "raw": pairs} for name in names},
+        "intruders": {name: {"clusters": found, "permuted": found} for name in [*names, "word lists"]},
+        "keys, word lists": {name: {"1": fits, "5": fits} for name in names},
+        "keys, WordNet": {name: {"1": fits, "5": fits} for name in names},
+        "example_keys": [{"category": "months", "key": 7, "sign": -1, "score": 0.75, "tokens": ["␣May", "␣June"]}],
         "example_clusters": [{"size": 12, "cohesion": 0.7, "medoids": ["␣May", "|", "`"]}],
     }
 
@@ -70,6 +82,7 @@ def test_results_are_rendered_once_they_are_there(report, tmp_path):
     assert "| layer 0 | 0.500 | 0.500 | -0.003 |" in page
     assert "| `␣May`, `\\|`, backtick | 12 | 0.70 |" in page
     assert "NVIDIA H100, torch 2.11.0, commit abc." in page
+    assert "commit abc; dense layer 0: A processor, torch 2.11.0, commit def." in page
 
 
 def test_pictures_can_be_drawn(tmp_path, monkeypatch):
