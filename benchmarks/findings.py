@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from findings_measures import (
     CLUSTERS,
+    KEY_CATEGORY,
     LEAST_SEEN,
     SEED,
     Judge,
@@ -86,7 +87,7 @@ class Subject:
         kept = vocabulary.mask.nonzero()[:, 0]
         lists = {"word lists": categories(vocabulary)}
         if args.wordnet is not None:
-            lists["WordNet"] = wordnet_categories(vocabulary, args.wordnet)
+            lists["WordNet"] = wordnet_categories(vocabulary, args.wordnet, least=KEY_CATEGORY)
         return cls(
             vocabulary=vocabulary,
             token_ids=kept.to(device),
@@ -109,10 +110,14 @@ class Subject:
         of_token = {token: name for name, members in self.categories["word lists"].items() for token in members}
         return found | {"category": [of_token.get(token, "") for token in self.token_ids.tolist()]}
 
-    def places(self, source: str) -> list[Tensor]:
-        """Places among the N tokens of each category's."""
+    def places(self, source: str, *, least: int = 0) -> dict[str, Tensor]:
+        """Places among the N tokens of those of each category that has so many."""
         ids = self.token_ids.cpu()
-        return [torch.searchsorted(ids, torch.tensor(each)) for each in self.categories[source].values()]
+        return {
+            name: torch.searchsorted(ids, torch.tensor(each))
+            for name, each in self.categories[source].items()
+            if len(each) >= least
+        }
 
 
 def spaces_of(
@@ -170,8 +175,9 @@ def parts_of(subject: Subject, judge: Judge | None, *, args: argparse.Namespace)
         )
 
     def of_keys(source: str, space: Space, _: Tensor) -> dict[str, Any]:
-        members = subject.places(source)
-        return measure_keys(space.points, members=members, kinds=subject.kinds, weights=subject.weights)
+        members = list(subject.places(source, least=KEY_CATEGORY).values())
+        kinds, weights = subject.kinds, subject.weights
+        return measure_keys(space.points, members=members, kinds=kinds, weights=weights, resamples=args.resamples)
 
     parts: dict[str, Part] = {"sharing": of_pairs, "coherence": of_coherence}
     parts |= {f"keys, {source}": partial(of_keys, source) for source in subject.categories}
@@ -214,6 +220,7 @@ def settings_of(checkpoint: Checkpoint, subject: Subject, *, args: argparse.Name
             "same category, strings not alike": int((pairs.same & pairs.dissimilar).sum()),
         },
     }
+    settings["key_categories"] = list(subject.places("word lists", least=KEY_CATEGORY))
     if "WordNet" in subject.categories:
         settings["wordnet"] = {name: len(members) for name, members in subject.categories["WordNet"].items()}
     if args.text is not None:
@@ -287,16 +294,14 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     if "example_clusters" not in results:
         results["example_clusters"] = example_clusters(robust_scale(first), shown=subject.shown)
     if "example_keys" not in results:
+        members = subject.places("word lists", least=KEY_CATEGORY)
         results["example_keys"] = example_keys(
-            first,
-            members=subject.places("word lists"),
-            names=list(subject.categories["word lists"]),
-            shown=subject.shown,
+            first, members=list(members.values()), names=list(members), shown=subject.shown
         )
     measure_missing(results, parts_of(subject, judge, args=args), spaces, measured=measured, save=save)
     if judge is not None and "word lists" not in results["intruders"]:
         labels = torch.full((len(subject.token_ids),), -1)
-        for number, places in enumerate(subject.places("word lists")):
+        for number, places in enumerate(subject.places("word lists").values()):
             labels[places] = number
         results["intruders"]["word lists"] = measure_intruders(labels, judge=judge, resamples=args.resamples)
         measured.setdefault("intruders", []).append("word lists")

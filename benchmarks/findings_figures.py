@@ -140,12 +140,15 @@ def draw_sharing(results: list[dict[str, Any]]) -> None:
 def sharing_names(sharing: dict[str, Any]) -> tuple[list[str], list[str]]:
     others = [
         name
-        for name in ("embedding", "random keys", "untrained", "dense layer 0", "dense embedding")
+        for name in ("embedding", "random keys", "untrained", "dense layer 0", "dense embedding", "co-occurrence")
         if name in sharing
     ]
     names = [*layers_of(sharing), *others]
     return names, [name.removeprefix("layer ") for name in layers_of(sharing)] + [
-        name.replace(" ", "\n").replace("embedding", "embed-\nding").replace("untrained", "un-\ntrained")
+        name.replace(" ", "\n")
+        .replace("embedding", "embed-\nding")
+        .replace("untrained", "un-\ntrained")
+        .replace("co-occurrence", "co-occur-\nrence")
         for name in others
     ]
 
@@ -185,6 +188,44 @@ def auroc_panel(axes: Axes, results: dict[str, Any]) -> None:
         bars(axes, found, offset=i, count=len(series), colour=colour, label=label)
     axes.axhline(0.5, color="black", linestyle=":", linewidth=1, label="categories permuted")
     axes.set_ylim(0.45, 1.0)
+    name_places(axes, shown)
+
+
+def draw_meaning(results: list[dict[str, Any]]) -> None:
+    """Intruders found in clusters, and keys that stand for categories, with their controls and nulls."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.4 * len(results) + 0.6), layout="constrained")
+        rows = figure.subplots(len(results), 2, squeeze=False, sharey="col")
+        for row, each in zip(rows, results, strict=True):
+            intruder_panel(row[0], each)
+            key_panel(row[1], each)
+            row[0].set_title(f"{each['model']}: intruders found by co-occurrence", fontsize=9)
+            row[1].set_title(f"{each['model']}: score of categories, each by its best key", fontsize=9)
+        for axes in rows[-1]:
+            axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=3)
+        save(figure, "findings-meaning.png")
+
+
+def intruder_panel(axes: Axes, results: dict[str, Any]) -> None:
+    intruders = results["intruders"]
+    names, shown = sharing_names(intruders)
+    names, shown = [*names, "word lists"], [*shown, "word\nlists"]
+    for i, (which, label, colour) in enumerate((("clusters", "clusters", BLUE), ("permuted", "labels permuted", GREY))):
+        found = [intruders[name][which]["accuracy"] for name in names]
+        bars(axes, found, offset=i, count=2, colour=colour, label=label)
+    axes.axhline(1 / 6, color="black", linestyle=":", linewidth=1, label="chance")
+    axes.set_ylim(0, 1)
+    name_places(axes, shown)
+
+
+def key_panel(axes: Axes, results: dict[str, Any]) -> None:
+    names, shown = sharing_names(results["keys, word lists"])
+    for i, (source, colour) in enumerate((("word lists", BLUE), ("WordNet", ORANGE))):
+        found = [results[f"keys, {source}"][name]["1"] for name in names]
+        bars(axes, [each["categories"] for each in found], offset=i, count=2, colour=colour, label=f"of {source}")
+        places = [place + (i - 0.5) * 0.4 for place in range(len(names))]
+        label = "tokens permuted" if i else None
+        axes.plot(places, [each["categories_null"] for each in found], "_", color="black", markersize=7, label=label)
     name_places(axes, shown)
 
 
@@ -284,6 +325,7 @@ def main() -> None:
     draw_coherence(results)
     draw_outliers(results)
     draw_sharing(results)
+    draw_meaning(results)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from torch import Tensor
 from flexmemory.interpret.clusters import cluster_facts, kmeans
 from flexmemory.interpret.coherence import Measurement, against_null
 from flexmemory.interpret.intruders import draw_tests, intrusion
-from flexmemory.interpret.key_categories import end_ranks, key_scores
+from flexmemory.interpret.key_categories import category_scores, end_ranks, key_scores
 from flexmemory.interpret.outliers import count_outliers
 from flexmemory.interpret.pairs import PairSet, permute_alike
+from flexmemory.interpret.resampling import group_mean, resample_weights
 from flexmemory.interpret.sharing import agreement, sharing
 from flexmemory.interpret.tkv import TokenMemory
 
@@ -23,6 +24,8 @@ SEED = 0
 REACHES = (1, 5)
 """Of categories of n tokens: among the first n of a key's, or 5 n as the literature has it."""
 KEY_PERMUTATIONS = 5
+KEY_CATEGORY = 10
+"""Tokens of a category that keys are scored by, or more: of one of five, a single token makes a score of 20 %."""
 LEAST_SEEN = 50
 """Occurrences in the judge's text of a token that it is asked about."""
 
@@ -145,21 +148,28 @@ def measure_intruders(labels: Tensor, *, judge: Judge, resamples: int) -> dict[s
     }
 
 
-def measure_keys(points: Tensor, *, members: Sequence[Tensor], kinds: Sequence[str], weights: Tensor) -> dict[str, Any]:
-    """Scores of keys by their best categories, and how many are beyond nearly all of those of permuted tokens."""
+def measure_keys(
+    points: Tensor, *, members: Sequence[Tensor], kinds: Sequence[str], weights: Tensor, resamples: int
+) -> dict[str, Any]:
+    """Of each key the score of its best category, of each category that of its best key; and of permuted tokens."""
     permutations = [permute_alike(kinds, weights.cpu().long(), seed=seed) for seed in range(KEY_PERMUTATIONS)]
     ranks = end_ranks(points)
+    categories = torch.arange(len(members))
+    resampled = resample_weights(len(members), resamples=resamples, seed=SEED)
     figures = {}
     for reach in REACHES:
-        found = key_scores(ranks, members, reach=reach).score
+        scores = category_scores(ranks, members, reach=reach)
         permuted = [[permutation[each] for each in members] for permutation in permutations]
-        nulls = torch.cat([key_scores(ranks, each, reach=reach).score for each in permuted])
-        threshold = nulls.double().quantile(0.99)
+        nulls = torch.stack([category_scores(ranks, each, reach=reach) for each in permuted])
+        of_keys, null_keys = scores.amax(dim=(0, 1)), nulls.amax(dim=(1, 2))
+        of_categories, null_categories = scores.amax(dim=(1, 2)).cpu(), nulls.amax(dim=(2, 3))
         figures[str(reach)] = {
-            "mean": found.double().mean().item(),
-            "null": nulls.double().mean().item(),
-            "null_99": threshold.item(),
-            "beyond_99": (found > threshold).double().mean().item(),
+            "keys": of_keys.double().mean().item(),
+            "keys_null": null_keys.double().mean().item(),
+            "keys_beyond_99": (of_keys > null_keys.flatten().quantile(0.99)).double().mean().item(),
+            "categories": dataclasses.asdict(group_mean(of_categories, categories, weights=resampled)),
+            "categories_null": null_categories.double().mean().item(),
+            "categories_half": int((of_categories >= 0.5).sum()),
         }
     return figures
 
@@ -168,7 +178,7 @@ def example_keys(
     points: Tensor, *, members: Sequence[Tensor], names: Sequence[str], shown: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Of each category that is the best of some key, the key that fits it best; from the best fit to the worst."""
-    found = key_scores(end_ranks(points), members)
+    found = key_scores(category_scores(end_ranks(points), members))
     rows = []
     for i, name in enumerate(names):
         score, key = found.score.masked_fill(found.category != i, -1).max(dim=0)

@@ -159,7 +159,7 @@ def intruder_table(results: dict[str, Any]) -> str:
     rows = []
     for name in spaces(results["intruders"]):
         found, permuted = (results["intruders"][name][which] for which in ("clusters", "permuted"))
-        shown = [interval(each["accuracy"], ".1%") for each in (found, permuted)]
+        shown = [interval(each, ".1%") for each in (found["accuracy"], found["by_token"], permuted["accuracy"])]
         rows.append([name, *shown, f"{found['clusters']}", f"{found['tests']:,}"])
     judge = results["judge"]
     note = (
@@ -167,31 +167,42 @@ def intruder_table(results: dict[str, Any]) -> str:
         f"in {judge['tokens']:,} tokens of text; it is asked about tokens that occur there {judge['least_seen']} times "
         f"or more. Intervals of 95 % over clusters."
     )
-    heads = ["", "intruders found", "labels permuted", "clusters", "tests"]
+    heads = ["", "intruders found", "clusters by their tokens", "labels permuted", "clusters", "tests"]
     return f"{table(heads, rows)}\n\n{note} {source(results, 'intruders')}"
 
 
 def key_table(results: dict[str, Any]) -> str:
-    """How well keys fit their best categories, beside permuted tokens."""
-    sources = {"word lists": results["categories"], "WordNet": results["wordnet"]}
-    reaches = {"1": "first n", "5": "first 5 n"}
+    """How well categories fit their best keys and keys their best categories, beside permuted tokens."""
+    lists = {name: results["categories"][name] for name in results["key_categories"]}
+    sources = {"word lists": lists, "WordNet": results["wordnet"]}
     heads = [""]
-    for source_name in sources:
-        for shown in reaches.values():
-            heads += [f"{source_name}, {shown}", "beyond 99 %"]
+    for source_name, sizes in sources.items():
+        heads += [
+            f"{source_name}: of a category",
+            f"half, of {len(sizes)}",
+            "of a key",
+            "beyond 99 %",
+            "in 5 n, of a key",
+        ]
     rows = []
     for name in spaces(results["keys, word lists"]):
         cells = []
         for source_name in sources:
-            for reach in reaches:
-                each = results[f"keys, {source_name}"][name][reach]
-                cells += [f"{each['mean']:.1%} ({each['null']:.1%})", f"{each['beyond_99']:.1%}"]
+            first, five = (results[f"keys, {source_name}"][name][reach] for reach in ("1", "5"))
+            cells += [
+                f"{interval(first['categories'], '.1%')} ({first['categories_null']:.1%})",
+                f"{first['categories_half']}",
+                f"{first['keys']:.1%} ({first['keys_null']:.1%})",
+                f"{first['keys_beyond_99']:.1%}",
+                f"{five['keys']:.1%} ({five['keys_null']:.1%})",
+            ]
         rows.append([name, *cells])
     sizes = [f"{name}: {len(each)} categories, {sum(each.values())} tokens" for name, each in sources.items()]
     note = (
-        "Mean over keys (coordinates, of other spaces) of the score of the best category, in brackets that of tokens "
-        "permuted among those of their kind and about their frequency; share of keys beyond 99 % of those. "
-        f"{'; '.join(sizes)}."
+        "Mean score over categories, each by its best key (of embeddings and co-occurrence: coordinate), with its "
+        "interval of 95 % over categories; categories with a key that scores a half or more; mean score over keys, "
+        "each by its best category; share of keys beyond 99 % of those of permuted tokens; mean over keys where a "
+        f"category of n tokens is sought among 5 n. In brackets: tokens permuted. {'; '.join(sizes)}."
     )
     return f"{table(heads, rows)}\n\n{note} {source(results, 'keys, word lists')}"
 

@@ -27,8 +27,11 @@ def sample(model: str) -> dict:
     measures = dict.fromkeys(("cos_gap", "silhouette", "evr", "graph", "stability"), compared)
     means = {"mean": 2.5, "weighted_mean": 1.5}
     outliers = dict.fromkeys(("beyond_layer", "beyond_all", "share_with_any", "half_energy", "participation"), means)
-    found = {"accuracy": interval, "clusters": 99, "tests": 1980}
-    fits = {"mean": 0.25, "null": 0.0625, "null_99": 0.2, "beyond_99": 0.5}
+    found = {"accuracy": interval, "by_token": interval, "clusters": 99, "tests": 1980}
+    fits = {
+        "keys": 0.25, "keys_null": 0.0625, "keys_beyond_99": 0.5,
+        "categories": interval, "categories_null": 0.125, "categories_half": 3,
+    }  # fmt: skip
     return {
         "model": model,
         "runs": [
@@ -42,6 +45,7 @@ def sample(model: str) -> dict:
         "top_keys": 32,
         "permutations": 5,
         "categories": {"months": 10, "days": 5},
+        "key_categories": ["months"],
         "wordnet": {"noun.time": 20},
         "judge": {"tokens": 16_000_000, "least_seen": 50, "window": 5, "contexts": 4096, "dimensions": 200},
         "pairs": {"all": 105, "same category": 55, "same category, strings not alike": 44},

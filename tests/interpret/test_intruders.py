@@ -83,6 +83,19 @@ def test_intruders_are_strangers_of_the_kind_of_a_member_and_near_in_frequency()
     assert torch.equal(again.tokens, tests.tokens)
 
 
+def test_a_cluster_that_holds_most_tokens_counts_by_them():
+    """Half of the tokens, of all planted clusters, in one that means nothing; the others as they are."""
+    labels = torch.where(torch.arange(SIZE) % 2 == 0, CLUSTERS, LABELS)
+    tests = draw_tests(labels, kinds=KINDS, counts=COUNTS, tests=200)
+    found = intrusion(PLANTED, tests, resamples=100)
+    right = odd_ones(PLANTED, tests.tokens) == 5
+    mixed = right[tests.cluster == CLUSTERS].float().mean().item()
+    others = right[tests.cluster < CLUSTERS].float().mean().item()
+    assert mixed < 0.3 < 0.95 < others
+    assert found.accuracy.value == pytest.approx((mixed + CLUSTERS * others) / (CLUSTERS + 1), abs=0.01)
+    assert found.by_token.value == pytest.approx((mixed + others) / 2, abs=0.01)
+
+
 def test_a_member_without_strangers_of_its_kind_is_not_replaced():
     """All capitals are in one cluster: only its other members are replaced."""
     labels = torch.tensor([0 if kind == "capitals" else i % 4 for i, kind in enumerate(KINDS)])

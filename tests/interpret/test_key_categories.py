@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexmemory.interpret.key_categories import end_ranks, key_scores
+from flexmemory.interpret.key_categories import category_scores, end_ranks, key_scores
 
 GENERATOR = torch.Generator().manual_seed(0)
 CATEGORIES = [torch.randperm(400, generator=GENERATOR)[:size] for size in (5, 20, 12, 40)]
@@ -26,7 +26,7 @@ def test_ranks_are_places_in_order():
 @pytest.mark.parametrize("reach", [1, 3])
 def test_scores_are_those_of_the_definition(reach):
     points = torch.randint(-4, 5, (400, 300), generator=torch.Generator().manual_seed(1)).float()  # many ties
-    found = key_scores(end_ranks(points), CATEGORIES, reach=reach)
+    found = key_scores(category_scores(end_ranks(points), CATEGORIES, reach=reach))
     for key in range(0, 300, 7):
         column = points[:, key].tolist()
         of = {
@@ -42,7 +42,7 @@ def test_a_key_made_for_a_category_is_found_at_either_end():
     points = torch.randn(400, 6, generator=torch.Generator().manual_seed(2))
     points[CATEGORIES[3], 0] += 20
     points[CATEGORIES[1], 4] -= 20
-    found = key_scores(end_ranks(points), CATEGORIES)
+    found = key_scores(category_scores(end_ranks(points), CATEGORIES))
     assert found.score[0] == found.score[4] == 1
     assert (found.category[0], found.sign[0]) == (3, 1)
     assert (found.category[4], found.sign[4]) == (1, -1)
@@ -52,11 +52,11 @@ def test_a_key_made_for_a_category_is_found_at_either_end():
 def test_random_keys_are_at_the_level_of_chance():
     """Of one category and m n of N tokens at the better of two ends: a little above m n / N."""
     points = torch.randn(4000, 500, generator=torch.Generator().manual_seed(3))
-    found = key_scores(end_ranks(points), [torch.arange(400)], reach=2)
+    found = key_scores(category_scores(end_ranks(points), [torch.arange(400)], reach=2))
     assert 0.2 < found.score.mean() < 0.23
 
 
 def test_categories_are_needed():
     for categories in ([], [torch.tensor([1]), torch.tensor([], dtype=torch.int64)]):
         with pytest.raises(ValueError, match="one or more, none of them empty"):
-            key_scores(end_ranks(torch.zeros(3, 2)), categories)
+            category_scores(end_ranks(torch.zeros(3, 2)), categories)

@@ -30,6 +30,8 @@ class IntruderTests:
     tokens: Int64[Tensor, "M 6"]
     """Places of N; the last is the intruder."""
     cluster: Int64[Tensor, " M"]
+    size: Int64[Tensor, " M"]
+    """Tokens of the cluster."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +39,9 @@ class Intrusion:
     """How often the intruder was found."""
 
     accuracy: Interval
-    """Mean over clusters; `CHANCE` where clusters mean nothing to the judge."""
+    """Mean over clusters, all alike; `CHANCE` where clusters mean nothing to the judge."""
+    by_token: Interval
+    """The same, clusters counting by their tokens: one that holds most of them cannot hide behind many small ones."""
     clusters: int
     tests: int
 
@@ -73,7 +77,7 @@ def draw_tests(
     for members in ordered.values():
         place[members] = torch.arange(len(members))
     generator = torch.Generator().manual_seed(seed)
-    drawn, clusters = [], []
+    drawn, clusters, sizes = [], [], []
     for cluster in range(int(labels.max()) + 1):
         members = (labels == cluster).nonzero()[:, 0]
         strange = {code: labels[each] != cluster for code, each in ordered.items()}
@@ -93,9 +97,10 @@ def draw_tests(
             intruder = near[torch.randint(len(near), (1,), generator=generator)]
             drawn.append(torch.cat([others, intruder]))
             clusters.append(cluster)
+            sizes.append(len(members))
     if not drawn:
         raise ValueError(f"no cluster has {MEMBERS + 1} tokens with a stranger like one of them: make fewer clusters")
-    return IntruderTests(tokens=torch.stack(drawn), cluster=torch.tensor(clusters))
+    return IntruderTests(tokens=torch.stack(drawn), cluster=torch.tensor(clusters), size=torch.tensor(sizes))
 
 
 @torch.no_grad()
@@ -110,9 +115,13 @@ def intrusion(
     vectors: Float[Tensor, "N D"], tests: IntruderTests, *, resamples: int = 1000, seed: int = 0
 ) -> Intrusion:
     """How often a judge who knows tokens as `vectors` finds the intruder; the interval is over clusters."""
-    found = odd_ones(vectors, tests.tokens) == MEMBERS
+    found = (odd_ones(vectors, tests.tokens) == MEMBERS).float()
     clusters, group = tests.cluster.unique(return_inverse=True)
     weights = resample_weights(len(clusters), resamples=resamples, seed=seed)
+    sizes = torch.empty_like(clusters).scatter_(0, group, tests.size)
     return Intrusion(
-        accuracy=group_mean(found.float(), group, weights=weights), clusters=len(clusters), tests=len(found)
+        accuracy=group_mean(found, group, weights=weights),
+        by_token=group_mean(found, group, weights=weights, masses=sizes),
+        clusters=len(clusters),
+        tests=len(found),
     )

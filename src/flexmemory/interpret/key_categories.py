@@ -45,21 +45,25 @@ def end_ranks(points: Float[Tensor, "N K"]) -> Int32[Tensor, "2 N K"]:
 
 
 @torch.no_grad()
-def key_scores(
+def category_scores(
     ranks: Int32[Tensor, "2 N K"], categories: Sequence[Int64[Tensor, " _"]], *, reach: int = 1
-) -> KeyScores:
-    """Score every key.
+) -> Float[Tensor, "J 2 K"]:
+    """The score of each of J categories at either end of each key, in [0, 1].
 
     Args:
         ranks: Of tokens at the ends of keys (`end_ranks`), which serve for many sets of categories.
         categories: Places of the tokens of each category, none twice.
-        reach: m: a category of n tokens is sought among the first m n tokens of either end.
+        reach: m: a category of n tokens is sought among the first m n tokens of an end.
 
     Raises:
         ValueError: there are no categories, or one is empty.
     """
     if not categories or min(map(len, categories)) == 0:
         raise ValueError("keys are scored by categories: expected one or more, none of them empty")
-    shares = [(ranks[:, members] < reach * len(members)).float().mean(dim=1) for members in categories]
-    best, place = torch.cat(shares).max(dim=0)  # of (2 categories, K)
+    return torch.stack([(ranks[:, each] < reach * len(each)).float().mean(dim=1) for each in categories])
+
+
+def key_scores(scores: Float[Tensor, "J 2 K"]) -> KeyScores:
+    """The best of all categories and both ends, of each key."""
+    best, place = scores.flatten(0, 1).max(dim=0)
     return KeyScores(score=best, category=place // 2, sign=1 - 2 * (place % 2))

@@ -29,15 +29,20 @@ def resample_weights(groups: int, *, resamples: int, seed: int) -> Float[Tensor,
     return F.one_hot(drawn, groups).sum(dim=1).double()
 
 
-def group_mean(values: Float[Tensor, " P"], groups: Int64[Tensor, " P"], *, weights: Float[Tensor, "R G"]) -> Interval:
-    """The mean over groups of each one's mean: every group counts the same, else the largest would be most of all."""
+def group_mean(
+    values: Float[Tensor, " P"],
+    groups: Int64[Tensor, " P"],
+    *,
+    weights: Float[Tensor, "R G"],
+    masses: Int64[Tensor, " G"] | None = None,
+) -> Interval:
+    """The mean over groups of each one's mean, by `masses` or, without, every group counting the same."""
     count = weights.shape[1]
     sizes = groups.bincount(minlength=count).double()
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, values.double())
-    there = (sizes > 0).double()
-    means = sums / sizes.clamp(min=1)
-    resampled = (weights * there) @ means / (weights @ there)
-    return interval((means.sum() / there.sum()).item(), resampled)
+    shares = (sizes > 0).double() if masses is None else masses * (sizes > 0).double()
+    means = shares * sums / sizes.clamp(min=1)
+    return interval((means.sum() / shares.sum()).item(), (weights @ means) / (weights @ shares))
 
 
 def interval(value: float, resampled: Float[Tensor, " R"]) -> Interval:
