@@ -71,13 +71,13 @@ class Phases:
         return time.perf_counter()
 
 
-def checkpoint_and_text(folder: Path, preset: str, *, tokens: int) -> tuple[Checkpoint, Path]:
+def checkpoint_and_text(folder: Path, preset: str, *, tokens: int, device: torch.device) -> tuple[Checkpoint, Path]:
     """A model of random weights in bf16, and prepared data of random ids."""
     model, data = folder / preset, folder / f"{preset}-text"
     config, tokenizer = PRESETS[preset].model, Tokenizer.train(["a"], vocab_size=300)
     if not model.exists():
         with atomic_folder(model) as out:
-            save_checkpoint(out, new_model(config, seed=0).to(torch.bfloat16), tokenizer)
+            save_checkpoint(out, new_model(config, seed=0, device=device).to("cpu", torch.bfloat16), tokenizer)
     if not data.exists():
         with atomic_folder(data) as out:
             draw = np.random.default_rng(0)
@@ -113,7 +113,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     device = resolve_device(args.device)
     args.folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, data = checkpoint_and_text(args.folder, args.preset, tokens=4 * args.tokens)
+    checkpoint, data = checkpoint_and_text(args.folder, args.preset, tokens=4 * args.tokens, device=device)
     config = checkpoint.config
     plain_bytes = 2 * config.vocab_size * config.num_layers * config.hidden_size
     phases = Phases(device)
