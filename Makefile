@@ -25,7 +25,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(BIN)/python -m pytest -q -o addopts= -m "compile and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -o addopts= -m interpreted tests/engine tests/train
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -o addopts= -m interpreted tests/engine tests/tol tests/train
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m "gpu and not compile"

@@ -20,7 +20,7 @@ from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.provenance import provenance
 from flexmemory.tol.build import ModelRows
 from flexmemory.tol.plan import LEAST_WINDOWS, Plan, make_plan, rise_to_json, save_plan
-from flexmemory.tol.rise import Rise, coded_rows, measure_rise
+from flexmemory.tol.rise import HeldRows, Rise, measure_rise
 from flexmemory.tol.sensitivity import cached_sensitivity
 from flexmemory.tol.table import sensitivity_table
 from flexmemory.tol.tune import tune
@@ -101,18 +101,23 @@ def plan(
         device=chosen,
     )
     if tune_tokens:
-        tuned = tune(made.scheme, model.cpu(), source, drawn[len(windows) :], seed=seed, device=chosen)
+        tuned = tune(made.scheme, model, source, drawn[len(windows) :], seed=seed, device=chosen)
         made = dataclasses.replace(made, scheme=tuned)
     scheme = made.scheme
     rise = measure_rise(
         model,
         windows[half:],
-        lambda ids: coded_rows(scheme, source, ids, device=chosen),
+        HeldRows(scheme, source, windows[half:, :-1].unique(), device=chosen),
         layers=scheme.layers,
         embedding=embedding,
     )
     table = sensitivity_table(
-        source, sensitivity, counts=frequencies, model=model, windows=windows[half:] if measure_table else None
+        source,
+        sensitivity,
+        counts=frequencies,
+        model=model,
+        windows=windows[half:] if measure_table else None,
+        device=chosen,
     )
     extra: dict[str, Any] = {
         "budget": budget_bytes,

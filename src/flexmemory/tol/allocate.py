@@ -151,10 +151,10 @@ def _coding(spread: Float[Tensor, " N"], choice: Choice, sizes: Sizes, *, price:
     else:
         parts = torch.nn.functional.pad(spread.double(), (0, -count % RUN)).view(-1, RUN).sum(1)
         choices = (table * parts[:, None] + price * bits * RUN / 8).argmin(1)
-        if not int(choices[0]):
-            choices[0] = 1  # something must be written, so that the mean is added
+        choices[:1].clamp_(min=1)  # something must be written, so that the mean is added
         cost = float((table[choices] * parts).sum())
-        widths = _runs([int(bits[number]) for number in choices], count)
+        every = (0, *sizes.widths)
+        widths = _runs([every[number] for number in choices.tolist()], count)
     written = sum(number for _, number in widths)
     size = sum(width * number for width, number in widths)
     levels = "bf16" if not scaled else "normal" if size % 8 or size < LEAST_RING else "trellis"

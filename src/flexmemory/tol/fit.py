@@ -174,6 +174,7 @@ def fit(
     layers: Sequence[int],
     embedding: bool = False,
     counts: Int64[Tensor, " V"] | None = None,
+    statistics: RowStatistics | None = None,
     device: torch.device | str = "cpu",
     chunk_tokens: int = CHUNK_TOKENS,
     seed: int = 0,
@@ -188,6 +189,7 @@ def fit(
         layers: The model's layers to write, the most important first.
         embedding: Whether a row begins with the input embedding.
         counts: How often each token occurs: what means, gains and bases are weighted by; all tokens alike by default.
+        statistics: Of all layers' rows in one band, where they are there; by default they are gathered.
         device: Where to compute; the scheme is on the CPU.
         chunk_tokens: Rows to hold at once.
         seed: Of codebooks.
@@ -203,7 +205,7 @@ def fit(
     places = [1 + layer for layer in layers]
     tensors = [SliceTensors() for _ in layers]
     if not coding.plain:
-        statistics = gather_statistics(
+        statistics = statistics or gather_statistics(
             source,
             places=places,
             sizes=[vocab_size],

@@ -125,7 +125,7 @@ def make_plan(
         feedback: Whether errors are fed back to later layers.
         passes: How often transforms and widths are fitted.
         seed: Of the sample of tokens, where not all fit in memory.
-        device: Where rows are coded.
+        device: Where all is computed; the scheme is on the CPU.
 
     Raises:
         ValueError: the budget is too small, or a row is not finite.
@@ -133,6 +133,7 @@ def make_plan(
     layers, width = sensitivity.blocks.shape[0], sensitivity.blocks.shape[2]
     tokens = band_sizes(len(counts))
     order = counts.argsort(descending=True, stable=True)
+    sensitivity = sensitivity.moved(device)
     sample = draw_sample(source, sensitivity, counts=counts, order=order, tokens=tokens, seed=seed)
     back = _rounded(sensitivity.feedback()) if feedback else sensitivity.alone()
     names = sorted(range(layers), key=lambda layer: -_drop_cost(sample, sensitivity, layer))
@@ -166,7 +167,7 @@ def make_plan(
                 return dataclasses.replace(made, tensors=as_stored(made))
 
             scheme = _within(budget_bytes, [transform.choice for transform in transforms], sizes, scheme_of)
-            decoded = coded(scheme, sample, device=device)
+            decoded = coded(scheme, sample)
             targets = fed_back(sample.rows, decoded, back)
             predicted = float(sensitivity.rise(decoded - sample.rows, sample.share))
             logger.info(
@@ -176,7 +177,8 @@ def make_plan(
             if best is None or predicted < best[0]:
                 best = predicted, scheme
     assert best is not None
-    return Plan(scheme=best[1], size=store_bytes(best[1], num_layers=layers), predicted=best[0])
+    scheme = best[1].moved("cpu")
+    return Plan(scheme=scheme, size=store_bytes(scheme, num_layers=layers), predicted=best[0])
 
 
 def _basis_bits(basis: bool | None, *, low_rank: bool) -> tuple[int, ...]:
@@ -214,7 +216,7 @@ def draw_sample(
     seed: int,
     sample_bytes: int = SAMPLE_BYTES,
 ) -> Sample:
-    """All rows, or as many of each band as memory allows, which then stand for the others.
+    """All rows, or as many of each band as memory allows, which then stand for the others; where `sensitivity` is.
 
     Raises:
         ValueError: a row is not finite.
@@ -231,14 +233,17 @@ def draw_sample(
         ids.append(drawn)
         shares.append(share[drawn] * (share[members].sum() / share[drawn].sum()))
         bands.append(torch.full((len(drawn),), band))
-    chosen = torch.cat(ids)
+    chosen, device = torch.cat(ids), sensitivity.blocks.device
     rows = []
     for part in chosen.split(CHUNK_TOKENS):
-        found = source(part)[:, 1:].float().cpu()
+        found = source(part)[:, 1:].to(device, torch.float32)
         check_finite(found, part, places=range(1, layers + 1))
         rows.append(found)
     return Sample(
-        rows=torch.cat(rows), share=torch.cat(shares).float(), band=torch.cat(bands), factor=_factors(sensitivity, ids)
+        rows=torch.cat(rows),
+        share=torch.cat(shares).to(device, torch.float32),
+        band=torch.cat(bands),
+        factor=_factors(sensitivity, ids).to(device),
     )
 
 

@@ -53,24 +53,50 @@ class Rise:
         return 100 * math.exp(self.rise) * self.stderr
 
 
-@torch.inference_mode()
+class HeldRows:
+    """Rows of some tokens as bytes in memory, encoded once; called, it decodes them (`DecodedRows`, on the CPU)."""
+
+    @torch.inference_mode()
+    def __init__(
+        self, scheme: Scheme, source: RowSource, token_ids: Int64[Tensor, " U"], *, device: torch.device | str = "cpu"
+    ) -> None:
+        """Encode the rows of `token_ids` on `device` by a scheme whose tensors are those of a store."""
+        self._scheme, self._device = scheme.moved(device), device
+        place = torch.empty(scheme.vocab_size, dtype=torch.int64)
+        order = torch.arange(scheme.vocab_size) if scheme.order is None else scheme.order
+        place[order] = torch.arange(scheme.vocab_size)
+        ends = torch.tensor([band.tokens for band in scheme.bands]).cumsum(0)
+        self._band = torch.bucketize(place, ends, right=True)
+        self._slot = torch.full((scheme.vocab_size,), -1)
+        slices = ([0] if scheme.embedding else []) + [1 + layer for layer in scheme.layers]
+        self._data: dict[int, Tensor] = {}
+        with tqdm(total=len(token_ids), desc="encoding rows", unit="token", leave=False, disable=None) as bar:
+            for band in self._band[token_ids].unique().tolist():
+                ids, parts = token_ids[self._band[token_ids] == band], []
+                for part in ids.split(CHUNK_TOKENS):
+                    exact = source(part)[:, slices].to(device, torch.float32)
+                    parts.append(self._scheme.encode(exact, band).cpu())
+                    bar.update(len(part))
+                self._data[band], self._slot[ids] = torch.cat(parts), torch.arange(len(ids))
+
+    @torch.inference_mode()
+    def __call__(self, token_ids: Int64[Tensor, " U"]) -> Float[Tensor, "U P D"]:
+        """Rows of some of the tokens."""
+        bands, slots = self._band[token_ids], self._slot[token_ids]
+        assert bool((slots >= 0).all())
+        rows = torch.empty(len(token_ids), self._scheme.num_slices, self._scheme.hidden_size)
+        for band in bands.unique().tolist():
+            for chosen in (bands == band).nonzero()[:, 0].split(CHUNK_TOKENS):
+                data = self._data[band][slots[chosen]].to(self._device)
+                rows[chosen] = self._scheme.decode(data, band).to(rows)
+        return rows
+
+
 def coded_rows(
     scheme: Scheme, source: RowSource, token_ids: Int64[Tensor, " U"], *, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "U P D"]:
-    """Rows of some tokens, encoded and decoded on `device` by a scheme whose tensors are those of a store."""
-    scheme = scheme.moved(device)
-    place = torch.empty(scheme.vocab_size, dtype=torch.int64)
-    order = torch.arange(scheme.vocab_size) if scheme.order is None else scheme.order
-    place[order] = torch.arange(scheme.vocab_size)
-    ends = torch.tensor([band.tokens for band in scheme.bands]).cumsum(0)
-    band_of = torch.bucketize(place[token_ids], ends, right=True)
-    slices = ([0] if scheme.embedding else []) + [1 + layer for layer in scheme.layers]
-    rows = torch.empty(len(token_ids), len(slices), scheme.hidden_size)
-    for band in band_of.unique().tolist():
-        for chosen in (band_of == band).nonzero()[:, 0].split(CHUNK_TOKENS):
-            exact = source(token_ids[chosen])[:, slices].to(device, torch.float32)
-            rows[chosen] = scheme.decode(scheme.encode(exact, band), band).to(rows)
-    return rows
+    """Rows of distinct tokens, encoded and decoded on `device` by a scheme whose tensors are those of a store."""
+    return HeldRows(scheme, source, token_ids, device=device)(token_ids)
 
 
 @torch.inference_mode()

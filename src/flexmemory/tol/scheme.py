@@ -118,10 +118,14 @@ class Scheme:
 
     def moved(self, device: torch.device | str) -> Scheme:
         """The same with its tensors on another device."""
+        there: dict[int, Tensor] = {}  # by the id of what is here: bands share most tensors
 
         def to(tensors: SliceTensors) -> SliceTensors:
             values = {field.name: getattr(tensors, field.name) for field in dataclasses.fields(tensors)}
-            return SliceTensors(**{name: None if v is None else v.to(device) for name, v in values.items()})
+            for value in values.values():
+                if value is not None and id(value) not in there:
+                    there[id(value)] = value.to(device)
+            return SliceTensors(**{name: None if v is None else there[id(v)] for name, v in values.items()})
 
         return dataclasses.replace(
             self,
@@ -177,6 +181,8 @@ def tensors_to_file(tensors: Sequence[Sequence[SliceTensors]], *, encoder: bool)
                 if value is None or (field.name in _ENCODER and not encoder):
                     continue
                 name = f"{field.name}.{place}" if field.name in _SHARED else f"{field.name}.{place}.{band}"
+                if name in stored:
+                    continue
                 if field.name == "basis":
                     stored[name], stored[f"basis_scale.{place}"] = (part.cpu() for part in pack_basis(value))
                 else:

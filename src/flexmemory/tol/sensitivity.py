@@ -33,6 +33,8 @@ from flexmemory.storage import read_json, write_json
 
 MEMORY_BYTES = 2 * 2**30
 """Of all blocks, at most: it says how many later layers each layer has blocks with."""
+LOGIT_BYTES = 2**30
+"""Of one pass's logits, at most, where that is a window or more."""
 DAMPING = 0.03
 """Share of the diagonal that is added to it before blocks are inverted."""
 VERSION = 1
@@ -82,6 +84,10 @@ class Sensitivity:
                 # Blocks off the diagonal count twice, for their transposes.
                 total = total + (1 + (step > 0)) * (weights * (pushed * errors[:, layer + step]).sum(-1)).sum()
         return total / 2
+
+    def moved(self, device: torch.device | str) -> Sensitivity:
+        """The same with its blocks on another device."""
+        return dataclasses.replace(self, blocks=self.blocks.to(device))
 
     def feedback(self, *, damping: float = DAMPING) -> Feedback:
         """What later layers can make up for, and what is left."""
@@ -147,11 +153,12 @@ def measure_sensitivity(
         model: A memory or flex model with all of its weights, in fp32 at least.
         windows: Token ids; next tokens are drawn from the model, so those of the text do not matter.
         reach: Blocks of each layer, with itself and later ones; by default what fits in 2 GiB.
-        batch_size: Windows in one pass.
+        batch_size: Windows in one pass, fewer where their logits would take more than `LOGIT_BYTES`.
         seed: Of the draws.
     """
     config, device = model.config, model.device
     layers, width = config.num_layers, config.hidden_size
+    batch_size = max(1, min(batch_size, LOGIT_BYTES // (4 * windows.shape[1] * config.vocab_size)))
     blocks = torch.zeros(layers, reach or reach_of(layers, width), width, width, device=device)
     squares = torch.zeros(config.vocab_size, layers, device=device)
     generator = torch.Generator(device).manual_seed(seed)

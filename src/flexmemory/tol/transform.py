@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
 
 from flexmemory.tol.allocate import Allocation, Choice, falling
 from flexmemory.tol.coding import SliceTensors, coding_of
@@ -31,11 +33,11 @@ class Sample:
     """Tokens whose rows stand for all."""
 
     rows: Float[Tensor, "U L D"]
-    """Exact rows of the model's layers."""
+    """Exact rows of the model's layers, on the device where plans are made; `share` and `factor` too."""
     share: Float[Tensor, " U"]
     """The share of positions that each stands for; of all, 1."""
     band: Int64[Tensor, " U"]
-    """The band of each, in rising order."""
+    """The band of each, in rising order; on the CPU."""
     factor: Float[Tensor, "bands L"]
     """What an error costs in each band and layer, as a multiple of what it costs on average."""
 
@@ -100,7 +102,7 @@ def fit_transform(
         analysis = torch.linalg.inv(directions.double()).float()
         variance = _variances((targets - mean) @ analysis, sample, bands)
         weight = torch.einsum("cd,de,ce->c", directions, metric, directions)
-        tokens = torch.tensor([float(band.stop - band.start) for band in bands])
+        tokens = torch.tensor([float(band.stop - band.start) for band in bands], device=targets.device)
         importance = torch.einsum("b,bn->n", tokens, (variance * weight).clamp(min=1e-30).log())
         order = importance.argsort(descending=True, stable=True)
         directions, analysis, variance, weight = (
@@ -121,7 +123,9 @@ def fit_transform(
         variance=variance,
         weight=weight,
         metric=metric,
-        choice=Choice(basis=bool(basis), spread=falling(spread) if basis else spread, dropped=torch.stack(dropped)),
+        choice=Choice(
+            basis=bool(basis), spread=(falling(spread) if basis else spread).cpu(), dropped=torch.stack(dropped).cpu()
+        ),
     )
 
 
@@ -129,14 +133,13 @@ def _principal(
     centred: Float[Tensor, "U D"], shares: Float[Tensor, " U"], metric: Float[Tensor, "D D"]
 ) -> Float[Tensor, "D D"]:
     """Directions, orthogonal under the metric."""
-    values, vectors = torch.linalg.eigh(metric.double())
-    values = values.clamp(min=0) + RIDGE * values.mean().clamp(min=1e-30)
-    root = (vectors * values.sqrt()) @ vectors.T
-    inverse = (vectors / values.sqrt()) @ vectors.T
+    metric = metric.double()
+    ridge = RIDGE * metric.diagonal().mean().clamp(min=1e-30)
+    root = torch.linalg.cholesky(metric + ridge * torch.eye(len(metric)).to(metric))  # any root will do: it is turned
     turned = centred.double() @ root
     moments = turned.T @ ((shares / shares.sum()).double()[:, None] * turned)
     found = torch.linalg.eigh(moments).eigenvectors.flip(1)
-    return (found.T @ inverse).float()
+    return torch.linalg.solve_triangular(root, found.T, upper=False, left=False).float()
 
 
 def _variances(numbers: Float[Tensor, "U N"], sample: Sample, bands: Sequence[slice]) -> Float[Tensor, "bands N"]:
@@ -199,7 +202,7 @@ def _layer_tensors(
     if basis is not None:
         basis = basis[:rank]
         metric = transform.metric.double()
-        metric = metric + RIDGE * metric.diagonal().mean() * torch.eye(len(metric), dtype=torch.float64)
+        metric = metric + RIDGE * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)
         pushed = basis.double() @ metric  # the coefficients that cost least, of these directions
         analysis = torch.linalg.solve(pushed @ basis.double().T, pushed).T.float()
     centred = targets - transform.mean
@@ -222,19 +225,19 @@ def _layer_tensors(
 
 
 @torch.inference_mode()
-def coded(scheme: Scheme, sample: Sample, *, device: torch.device | str = "cpu") -> Float[Tensor, "U L D"]:
-    """The sample's rows as they come back, by layer of the model; coded on `device`."""
-    scheme = scheme.moved(device)
+def coded(scheme: Scheme, sample: Sample) -> Float[Tensor, "U L D"]:
+    """The sample's rows as they come back, by layer of the model."""
+    scheme = scheme.moved(sample.rows.device)
     places = [scheme.embedding + scheme.layers.index(layer) for layer in range(len(scheme.layers))]
-    rows = sample.rows[:, list(scheme.layers)]
-    if scheme.embedding:
-        rows = torch.nn.functional.pad(rows, (0, 0, 1, 0))
     found = torch.empty_like(sample.rows)
-    for band in range(sample.num_bands):
-        where = sample.of(band)
-        for first in range(where.start, where.stop, 4 * CHUNK_TOKENS):
-            part = slice(first, min(first + 4 * CHUNK_TOKENS, where.stop))
-            found[part] = scheme.decode(scheme.encode(rows[part].to(device), band), band)[:, places].cpu()
+    with tqdm(total=len(found), desc="coding", unit="token", leave=False, disable=None) as bar:
+        for band in range(sample.num_bands):
+            where = sample.of(band)
+            for first in range(where.start, where.stop, 4 * CHUNK_TOKENS):
+                part = slice(first, min(first + 4 * CHUNK_TOKENS, where.stop))
+                rows = F.pad(sample.rows[part][:, list(scheme.layers)], (0, 0, int(scheme.embedding), 0))
+                found[part] = scheme.decode(scheme.encode(rows, band), band)[:, places]
+                bar.update(part.stop - part.start)
     return found
 
 

@@ -70,11 +70,10 @@ def decode_windows(data: UInt8[Tensor, "U nbytes"], widths: Widths) -> Int64[Ten
 
 def encode_windows(windows: Int64[Tensor, "U N"], widths: Widths) -> UInt8[Tensor, "U nbytes"]:
     """The inverse of `decode_windows`, for windows that agree in the bits that they share."""
-    parts = [
-        windows[:, number, None] >> torch.arange(size, device=windows.device) & 1
-        for number, size in enumerate(code_bits(widths))
-    ]
-    bits = torch.cat(parts, dim=1).unflatten(1, (-1, 8))
+    sizes = torch.tensor(code_bits(widths))
+    number = torch.arange(len(sizes)).repeat_interleave(sizes)  # of each bit
+    place = torch.arange(len(number)) - (sizes.cumsum(0) - sizes)[number]
+    bits = (windows[:, number.to(windows.device)] >> place.to(windows.device) & 1).unflatten(1, (-1, 8))
     return (bits << torch.arange(8, device=windows.device)).sum(-1).to(torch.uint8)
 
 
@@ -86,19 +85,32 @@ def search(numbers: Float[Tensor, "U N"], weight: Float[Tensor, " N"], widths: W
     """
     bits = code_bits(widths)
     root = (weight / weight.mean().clamp(min=1e-30)).sqrt()
-    levels = trellis_levels().to(numbers.device) * (spreads(widths).to(numbers.device) * root)[:, None]  # (N, S)
+    own, factors = trellis_levels().to(numbers.device), spreads(widths).to(numbers.device) * root
+    levels = own * factors[:, None]  # (N, S)
     targets = (numbers * root).T.contiguous()  # (N, U)
     tried = min(max(1, RING // sum(bits)), (1 << WINDOW) >> bits[-1])
-    numel = tried * sum(_sizes(bits))  # of a token
+    numel = _numel(bits, tried=tried, fused=numbers.is_cuda)
     chunk = min(max(1, KEPT_BYTES[numbers.device.type] // (4 * numel)), len(numbers))
-    memory = targets.new_empty(numel * chunk)
+    memory = targets.new_empty((1 << WINDOW if numbers.is_cuda else numel) * chunk)
     found = []
     for part in targets.split(max(1, chunk), dim=1):
         seams = _seams(part, levels, bits, count=tried, memory=memory)  # (tried, U)
-        cost, windows = _ring(part.repeat(1, tried), levels, bits, seams.flatten(), memory=memory)
+        if numbers.is_cuda:
+            from flexmemory.tol.trellis_kernel import ring  # needs Triton
+
+            cost, windows = ring(part.repeat(1, tried), own, factors, bits, seams.flatten())
+        else:
+            cost, windows = _ring(part.repeat(1, tried), levels, bits, seams.flatten(), memory=memory)
         best = cost.view(seams.shape).argmin(0)
         found.append(windows.view(len(bits), *seams.shape).gather(1, best.expand(len(bits), 1, -1))[:, 0])
     return torch.cat(found, dim=1).T
+
+
+def _numel(bits: Sequence[int], *, tried: int, fused: bool) -> int:
+    """Numbers of four bytes that a token takes: costs of all ways; or, of one number's, with codes in a byte each."""
+    if not fused:
+        return tried * sum(_sizes(bits))
+    return (1 + tried) * (1 << WINDOW) + tried * sum((1 << WINDOW) >> size for size in bits) // 4
 
 
 def _sizes(bits: Sequence[int]) -> list[int]:

@@ -29,8 +29,8 @@ RATES = {"mean": 0.01, "gain": 0.01, "basis": 0.002}
 class _Slices(nn.Module):
     """One layer's slices of all tokens, from their codes."""
 
-    def __init__(self, scheme: Scheme, place: int, data: list[Tensor]) -> None:
-        """Decode slice `place` of the bytes of each band's tokens."""
+    def __init__(self, scheme: Scheme, place: int, data: list[Tensor], *, device: torch.device) -> None:
+        """Decode slice `place` of the bytes of each band's tokens; `scheme` is on `device`."""
         super().__init__()
         self.numbers, self.gains = [], nn.ParameterList()
         tensors = [band[place] for band in scheme.tensors]
@@ -39,14 +39,14 @@ class _Slices(nn.Module):
             numbers = None
             if coding:
                 plain, at = dataclasses.replace(coding, basis=False), band.offsets()[place]
-                numbers = decode_slice(rows[:, at : at + coding.nbytes], plain, SliceTensors())
+                numbers = decode_slice(rows[:, at : at + coding.nbytes], plain, SliceTensors()).to(device)
             self.numbers.append(numbers)
-            self.gains.append(nn.Parameter(torch.zeros(0 if numbers is None else numbers.shape[1])))
+            self.gains.append(nn.Parameter(torch.zeros(0 if numbers is None else numbers.shape[1], device=device)))
         self.scales = [tensor.gain for tensor in tensors]
         first = next((t for t, band in zip(tensors, scheme.bands, strict=True) if band.slices[place]), None)
         mean = None if first is None else first.mean
-        self.mean = nn.Parameter(torch.zeros(scheme.hidden_size))
-        self.start_mean = torch.zeros(scheme.hidden_size) if mean is None else mean
+        self.mean = nn.Parameter(torch.zeros(scheme.hidden_size, device=device))
+        self.start_mean = torch.zeros(scheme.hidden_size, device=device) if mean is None else mean
         basis = None if first is None else first.basis
         self.start_basis = basis
         fine = basis is not None and pack_basis(basis)[0].dtype == torch.int8  # 4 bits are too few to tune
@@ -54,7 +54,8 @@ class _Slices(nn.Module):
         self.size = 1.0
         with torch.no_grad():
             if self.numbers[0] is not None:
-                self.size = float(self(torch.zeros(1, dtype=torch.int64), 0).square().mean().sqrt()) or 1.0
+                first_row = self(torch.zeros(1, dtype=torch.int64, device=device), 0)
+                self.size = float(first_row.square().mean().sqrt()) or 1.0
 
     def tuned_gain(self, band: int) -> Float[Tensor, " N"] | None:
         """Gains of a band."""
@@ -109,11 +110,12 @@ def tune(
         device: Where codes are chosen; all else is done where the model is.
     """
     data = _encoded(scheme, source, device=device)
-    offset = int(scheme.embedding)
-    slices = [_Slices(scheme, offset + number, data) for number in range(len(scheme.layers))]
+    offset, scheme = int(scheme.embedding), scheme.moved(model.device)
+    slices = [_Slices(scheme, offset + number, data, device=model.device) for number in range(len(scheme.layers))]
     order = torch.arange(scheme.vocab_size) if scheme.order is None else scheme.order
     place = torch.empty(scheme.vocab_size, dtype=torch.int64)
     place[order] = torch.arange(scheme.vocab_size)
+    place = place.to(model.device)
     groups = [
         {"params": [each.mean for each in slices], "lr": rates["mean"]},
         {"params": [gain for each in slices for gain in each.gains], "lr": rates["gain"]},
@@ -126,7 +128,7 @@ def tune(
         optimizer, lambda step: min(1.0, (step + 1) / 5) * (1 - step / len(batches))
     )
     for batch in tqdm(batches, desc="tuning", unit="step", leave=False, disable=None):
-        loss = _loss(model, batch, slices, scheme, place, own=own)
+        loss = _loss(model, batch.to(model.device), slices, scheme, place, own=own)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -143,6 +145,7 @@ def tune(
                     basis=each.tuned_basis(),
                 )
     tuned = dataclasses.replace(scheme, tensors=tuple(map(tuple, tensors)), encoder=scheme.encoder or scheme.tensors)
+    tuned = tuned.moved("cpu")
     return dataclasses.replace(tuned, tensors=as_stored(tuned))
 
 
@@ -178,14 +181,14 @@ def _loss(
     ids, following = batch[:, :-1], batch[:, 1:].flatten()
     unique, index = torch.unique(ids, return_inverse=True)
     places = place[unique].sort()
-    ends = torch.tensor([0, *(band.tokens for band in scheme.bands)]).cumsum(0)
+    ends = torch.tensor([0, *(band.tokens for band in scheme.bands)], device=ids.device).cumsum(0)
     bounds = torch.searchsorted(places.values, ends).tolist()
     parts = []
     for band, (first, stop) in enumerate(itertools.pairwise(bounds)):
         local = places.values[first:stop] - ends[band]
         parts.append(torch.stack([each(local, band) for each in slices], dim=1))
     back = torch.empty_like(places.indices)
-    back[places.indices] = torch.arange(len(back))
+    back[places.indices] = torch.arange(len(back), device=ids.device)
     rows = MemoryRows(torch.cat(parts), back[index], layers=scheme.layers)
     with torch.no_grad():
         exact = model.head(model.hidden_states(ids)).flatten(0, 1).softmax(-1)
