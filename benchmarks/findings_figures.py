@@ -133,7 +133,7 @@ def draw_sharing(results: list[dict[str, Any]]) -> None:
             row[0].set_title(f"{each['model']}: share of the top {each['top_keys']} keys in common", fontsize=9)
             row[1].set_title(f"{each['model']}: pairs of a category told from others (AUROC)", fontsize=9)
         for axes in rows[-1]:
-            axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2)
+            axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=2)
         save(figure, "findings-sharing.png")
 
 
@@ -143,14 +143,8 @@ def sharing_names(sharing: dict[str, Any]) -> tuple[list[str], list[str]]:
         for name in ("embedding", "random keys", "untrained", "dense layer 0", "dense embedding", "co-occurrence")
         if name in sharing
     ]
-    names = [*layers_of(sharing), *others]
-    return names, [name.removeprefix("layer ") for name in layers_of(sharing)] + [
-        name.replace(" ", "\n")
-        .replace("embedding", "embed-\nding")
-        .replace("untrained", "un-\ntrained")
-        .replace("co-occurrence", "co-occur-\nrence")
-        for name in others
-    ]
+    layers = layers_of(sharing)
+    return [*layers, *others], [*(name.removeprefix("layer ") for name in layers), *others]
 
 
 def jaccard_panel(axes: Axes, results: dict[str, Any]) -> None:
@@ -202,17 +196,22 @@ def draw_meaning(results: list[dict[str, Any]]) -> None:
             row[0].set_title(f"{each['model']}: intruders found by co-occurrence", fontsize=9)
             row[1].set_title(f"{each['model']}: score of categories, each by its best key", fontsize=9)
         for axes in rows[-1]:
-            axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=3)
+            axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=2)
         save(figure, "findings-meaning.png")
 
 
 def intruder_panel(axes: Axes, results: dict[str, Any]) -> None:
     intruders = results["intruders"]
     names, shown = sharing_names(intruders)
-    names, shown = [*names, "word lists"], [*shown, "word\nlists"]
-    for i, (which, label, colour) in enumerate((("clusters", "clusters", BLUE), ("permuted", "labels permuted", GREY))):
-        found = [intruders[name][which]["accuracy"] for name in names]
-        bars(axes, found, offset=i, count=2, colour=colour, label=label)
+    names, shown = [*names, "word lists"], [*shown, "word lists"]
+    series = {
+        "clusters": (BLUE, "clusters", "accuracy"),
+        "clusters by their tokens": (SKY, "clusters", "by_token"),
+        "labels permuted": (GREY, "permuted", "accuracy"),
+    }
+    for i, (label, (colour, which, how)) in enumerate(series.items()):
+        found = [intruders[name][which][how] for name in names]
+        bars(axes, found, offset=i, count=len(series), colour=colour, label=label)
     axes.axhline(1 / 6, color="black", linestyle=":", linewidth=1, label="chance")
     axes.set_ylim(0, 1)
     name_places(axes, shown)
@@ -230,7 +229,10 @@ def key_panel(axes: Axes, results: dict[str, Any]) -> None:
 
 
 def name_places(axes: Axes, shown: list[str]) -> None:
-    axes.set_xticks(range(len(shown)), shown, fontsize=7)
+    axes.set_xticks(range(len(shown)), shown, fontsize=8)
+    for label, name in zip(axes.get_xticklabels(), shown, strict=True):
+        if not name.isdigit():
+            label.set(rotation=35, ha="right", rotation_mode="anchor")
     axes.set_xlabel("layer, then controls")
 
 

@@ -87,14 +87,17 @@ def test_results_are_rendered_once_they_are_there(report, tmp_path):
     assert "| `␣May`, `\\|`, backtick | 12 | 0.70 |" in page
     assert "NVIDIA H100, torch 2.11.0, commit abc." in page
     assert "commit abc; dense layer 0: A processor, torch 2.11.0, commit def." in page
+    assert f"| word lists |{' 25.0% [12.5%, 50.0%] |' * 3} 99 | 1,980 |" in page
+    assert f"| layer 1 |{' 25.0% [12.5%, 50.0%] (12.5%) | 3 | 25.0% (6.2%) | 50.0% | 25.0% (6.2%) |' * 2}" in page
+    assert "| months | -L0K7 | 75% | `␣May`, `␣June` |" in page
 
 
 def test_pictures_can_be_drawn(tmp_path, monkeypatch):
     figures = load_script("benchmarks/findings_figures.py")
     monkeypatch.setattr(figures, "IMAGES", tmp_path)
     results = [sample("mini-memory")]
-    for draw in (figures.draw_coherence, figures.draw_outliers, figures.draw_sharing):
+    for draw in (figures.draw_coherence, figures.draw_outliers, figures.draw_sharing, figures.draw_meaning):
         draw(results)
     assert {each.name for each in tmp_path.iterdir()} == {
-        "findings-coherence.png", "findings-outliers.png", "findings-sharing.png",
+        "findings-coherence.png", "findings-meaning.png", "findings-outliers.png", "findings-sharing.png",
     }  # fmt: skip
