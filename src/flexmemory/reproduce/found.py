@@ -34,6 +34,7 @@ class Found:
         self.sizes = list(dict.fromkeys(run["size"] for run in runs))
         self.text = "held-out"
         self.has_tasks = any(run["tasks"] for run in runs)
+        self.has_gains = self.has_tasks and all("gain" in task for run in runs for task in run["tasks"].values())
 
     def tokens(self, size: str) -> int:
         """Tokens of the reference runs of a size: those at which all variants are."""
