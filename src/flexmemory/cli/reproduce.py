@@ -11,7 +11,7 @@ import tyro
 
 from flexmemory.device import resolve_device
 from flexmemory.reproduce import cells, compression, cost, probes, pruning, quality, report, speed
-from flexmemory.reproduce.runs import sweep, train_runs
+from flexmemory.reproduce.runs import Size, sweep, train_runs
 from flexmemory.reproduce.study import FULL, QUICK, Study, fill
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.train.prepare import prepare
@@ -37,6 +37,7 @@ def reproduce(
     results: Path | None = None,
     page: Path | None = None,
     parts: tuple[Part, ...] = get_args(Part),
+    sizes: tuple[str, ...] = (),
     at_once: int = 1,
     task_limit: int | None = None,
     device: str = "auto",
@@ -56,6 +57,7 @@ def reproduce(
         results: Folder of the JSON files; by default WORK/results.
         page: The page to write, with its plots beside it in images; by default WORK/study.md.
         parts: What to do, in this order; speed and cost want a device for themselves.
+        sizes: Families of models to train and measure, such as mini; by default all of the study.
         at_once: Models trained or measured at the same time on each device.
         task_limit: Documents of each task, at most.
         device: cpu, cuda, cuda:1 ..., or auto: all GPUs where there is one.
@@ -65,7 +67,7 @@ def reproduce(
     study = Study(
         work=work,
         results=results or work / "results",
-        sizes=QUICK if quick else FULL,
+        sizes=_chosen(QUICK if quick else FULL, sizes),
         tasks=tasks,
         task_limit=task_limit,
         devices=tuple(f"cuda:{i}" for i in range(gpus)) or (str(resolve_device(device)),),
@@ -88,6 +90,13 @@ def reproduce(
     if "page" in parts:
         written = report.write(study.results, page or work / "study.md")
         print(written)
+
+
+def _chosen(sizes: tuple[Size, ...], families: tuple[str, ...]) -> tuple[Size, ...]:
+    known = [size.family for size in sizes]
+    if unknown := [family for family in families if family not in known]:
+        raise ValueError(f"the study has no size {unknown[0]!r}; it has {', '.join(known)}")
+    return tuple(size for size in sizes if not families or size.family in families)
 
 
 def _prepare(study: Study, corpus: tuple[Path, ...], texts: dict[str, Path | None], tokenizer: Path | None) -> None:

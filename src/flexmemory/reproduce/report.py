@@ -41,15 +41,9 @@ def write(results: Path, page: Path) -> Path:
 def text(found: Found, images: dict[str, str]) -> str:
     """The page as Markdown; `images` by their paths from it."""
     parts = (
-        _head(found),
-        _claims(found),
-        _answers(found),
-        _runs(found),
-        _tasks(found),
-        _cost(found),
-        _plots(images),
+        _head(found), _claims(found), _answers(found), _runs(found), _tasks(found), _cost(found), _plots(images),
         _limits(found),
-    )
+    )  # fmt: skip
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -285,7 +279,7 @@ def _cost(found: Found) -> Lines:
         )
         for entry in cost
     ]
-    header = ("", "ms a token", "the paper's", "peak memory, GB", "the paper's", "of what its bytes take")
+    header = ("", "ms a token", "the paper's", "peak memory, GB", "the paper's", "of its bound")
     yield from _table(header, rows)
     device = where["gpu"] if where["gpu"] != "none" else where["cpu"]
     yield (
@@ -335,12 +329,10 @@ def _limits(found: Found) -> Lines:
             "- Tasks that are at chance decide nothing about recall and reasoning. Documents of each: "
             f"{documents}. Texts are judged in fp32, tasks in bf16 on a GPU."
         )
-    table = (
-        ""
-        if found.parts["cost"]
-        else "Table 6 (time and memory of a token) at the 1B shape is in the README, by the engine; figure"
-    )
-    yield (f"- {table or 'Figure'} 5: the map of the [explorer](explorer.md) and of the [findings](findings.md).")
+    elsewhere = "figure 5: the map of the [explorer](explorer.md) and of the [findings](findings.md)."
+    if not found.parts["cost"]:
+        elsewhere = f"Table 6 (time and memory of a token) at the 1B shape is in the README, by the engine; {elsewhere}"
+    yield f"- {elsewhere[0].upper()}{elsewhere[1:]}"
     missing = [part for part in ("speed", "probes", "pruning", "compression", "cells", "cost") if not found.parts[part]]
     if missing:
         yield f"- Not measured in this run: {', '.join(missing)}."
