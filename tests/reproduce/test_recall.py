@@ -100,4 +100,4 @@ def test_the_verdict_follows_from_the_contrast(tmp_path, recall, expected):
     assert claim.verdict == expected
     page = report.text(found, {})
     assert "| nano base, beyond perplexity |" in page
-    assert "| gain, nats |" in page
+    assert "| gain, points |" in page

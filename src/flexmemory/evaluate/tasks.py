@@ -283,8 +283,9 @@ def task_score(task: Task, answers: Likelihoods) -> TaskScore:
         start += len(document.requests)
         if "gain" in values:  # `evaluate.gain`
             with_context, without = np.split(log_probs, 2)
-            raised = with_context - without
-            values["gain"].append(raised[document.gold] - np.delete(raised, document.gold).mean())
+            raised = (with_context - without) / np.maximum(document.lengths or 1, 1)
+            signs = np.sign(raised[document.gold] - np.delete(raised, document.gold))
+            values["gain"].append(signs.mean() / 2)
             continue
         values["acc"].append(float(log_probs.argmax() == document.gold))
         if "acc_norm" in values:

@@ -183,10 +183,11 @@ def _beyond_by_gain(found: Found) -> Lines:
     if not found.has_gains:
         return
     yield (
-        "By **gain** (what the context adds to the right answer over the wrong ones, in nats; 0 without the context: "
-        f"[evaluating](evaluating.md#gain)): its change at alpha {ALPHA:g}, in percent of the whole model's, then what "
-        "is left of it without the fall that perplexity predicts. Only where the whole model's gain is above 0 by more "
-        f"than {SURE:g} errors:\n"
+        "By **gain** (how much oftener than half the context raises the right answer more than a wrong one; 0 for a "
+        "model that does not look at it: [evaluating](evaluating.md#gain)): its change at alpha "
+        f"{ALPHA:g}, in percent of the whole model's, then what is left of it without the fall that perplexity "
+        f"predicts. Only where the whole model's gain is above 0 by more than {SURE:g} errors; where a task has none, "
+        "the model is on it as one that does not look at the context:\n"
     )
     rows = []
     for each in falls(found):
@@ -258,8 +259,13 @@ def _tasks(found: Found) -> Lines:
         for variant in VARIANTS:
             if (probe := found.probe(size, variant)) is not None:
                 gains = [probe["tasks"][task]["gain"] for task in TASKS]
-                rows.append((f"{size} {variant}", *(f"{gain['value']:.3f} ± {gain['stderr']:.3f}" for gain in gains)))
-    yield from _table(("gain, nats", *TASKS), rows)
+                rows.append(
+                    (
+                        f"{size} {variant}",
+                        *(f"{100 * gain['value']:.1f} ± {100 * gain['stderr']:.1f}" for gain in gains),
+                    )
+                )
+    yield from _table(("gain, points", *TASKS), rows)
 
 
 def _cost(found: Found) -> Lines:
