@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ def curve(nats: float) -> float:
     return 2.0 - 0.1 * nats - 0.05 * nats**2
 
 
-def entry(variant: str, nats: float, *, gain: dict[str, float] | None = None, tokens: int = 100, seed: int = 0):
+def entry(variant: str, nats: float, *, gain: Mapping[Any, float] | None = None, tokens: int = 100, seed: int = 0):
     """A model whose gains are on the curve, or others; documents are as hard for all."""
     found = run(variant, nats, tokens=tokens, seed=seed)
     for task in TASKS:
