@@ -296,7 +296,7 @@ def _outliers(found: Found) -> Iterator[Claim]:
 
 
 def _cost(found: Found) -> Iterator[Claim]:
-    cost = {entry["variant"]: entry for entry in found.parts["cost"].values()}
+    cost = {entry["variant"]: entry for entry in found.cost}
     if not {"base", "memory"} <= cost.keys():
         return
     order = [variant for variant in ("memory", "flex1", "flex2", "flex3", "base") if variant in cost]

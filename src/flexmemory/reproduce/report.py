@@ -269,7 +269,7 @@ def _tasks(found: Found) -> Lines:
 
 
 def _cost(found: Found) -> Lines:
-    cost = list(found.parts["cost"].values())
+    cost = found.cost
     if not cost:
         return
     where = found.provenance["cost"]
@@ -336,7 +336,7 @@ def _limits(found: Found) -> Lines:
             f"{documents}. Texts are judged in fp32, tasks in bf16 on a GPU."
         )
     elsewhere = "figure 5: the map of the [explorer](explorer.md) and of the [findings](findings.md)."
-    if not found.parts["cost"]:
+    if not found.cost:
         elsewhere = f"Table 6 (time and memory of a token) at the 1B shape is in the README, by the engine; {elsewhere}"
     yield f"- {elsewhere[0].upper()}{elsewhere[1:]}"
     missing = [part for part in ("speed", "probes", "pruning", "compression", "cells", "cost") if not found.parts[part]]
