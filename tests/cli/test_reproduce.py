@@ -10,7 +10,7 @@ from flexmemory.cli import main
 def test_quick_from_text_to_page(tmp_path, capsys):
     work = tmp_path / "study"
     command = ["reproduce", "--quick", "--work", str(work), "--device", "cpu"]
-    parts = ["data", "runs", "quality", "page"]
+    parts = ["data", "sweep", "runs", "quality", "page"]
     assert main([*command, "--parts", *parts]) == 0
     page = work / "study.md"
     assert capsys.readouterr().out.strip() == str(page)
@@ -19,7 +19,7 @@ def test_quick_from_text_to_page(tmp_path, capsys):
     assert "base-as-memory" in text
     assert (work / "images" / "study-quality.png").exists()
     written = (work / "results" / "quality.json").read_bytes()
-    assert main([*command, "--parts", "runs", "quality"]) == 0
+    assert main([*command, "--parts", "sweep", "runs", "quality", "--sizes", "nano"]) == 0
     assert (work / "results" / "quality.json").read_bytes() == written
     entries = json.loads(written)["entries"]
     assert {entry["variant"] for entry in entries.values()} >= {"base", "memory", "flex3", "table"}
@@ -30,7 +30,12 @@ def test_text_is_needed(tmp_path, capsys):
     assert "give --corpus FILES, or --quick" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--parts nothing", "--sizes 3"])
+def test_sizes_are_known(tmp_path, capsys):
+    assert main(["reproduce", "--quick", "--work", str(tmp_path), "--device", "cpu", "--sizes", "mini"]) == 2
+    assert "the study has no size 'mini'; it has nano" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--parts nothing", "--size-of 3"])
 def test_unknown_options(tmp_path, option):
     with pytest.raises(SystemExit) as stopped:
         main(["reproduce", "--quick", "--work", str(tmp_path), *option.split()])

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
+from flexmemory.cli.reproduce import MEASURED
 from flexmemory.evaluate.perplexity import perplexity
-from flexmemory.reproduce import cells, compression, cost, probes, pruning, quality, report, speed
+from flexmemory.reproduce import compression, cost, probes, quality, report, speed
 from flexmemory.reproduce.found import Found
 from flexmemory.reproduce.runs import Size, train_runs
-from flexmemory.reproduce.study import Results, Study
+from flexmemory.reproduce.study import Results, Study, fill
 
 SIZE = Size(
     family="nano", tokens=2048, lrs=(3e-3,), seq_len=32, batch_tokens=256, micro_batch_size=8, warmup_steps=2,
@@ -24,7 +25,7 @@ def study(work):
     """Base and memory, trained."""
     made = Study(work=work, results=work / "results", sizes=(SIZE,), quick=True)
     wanted = [run for run in made.wanted(SIZE) if run.variant in ("base", "memory")]
-    train_runs(wanted, work, at_once=1, device="cpu")
+    train_runs(wanted, work, at_once=1, devices=["cpu"])
     return made
 
 
@@ -34,8 +35,9 @@ def entries(study, part):
 
 def test_all_parts_and_the_page(study, monkeypatch):
     monkeypatch.setattr(probes, "ALPHAS", (1.0, 0.5, 0.2))
-    for part in (speed, quality, probes, pruning, compression, cells, cost):
-        part.measure(study)
+    speed.measure(study)
+    cost.measure(study)
+    fill(study, {name: part.jobs(study) for name, part in MEASURED.items()})
     base, memory = (study.run(SIZE, variant) for variant in ("base", "memory"))
     found = entries(study, "quality")
     assert found.keys() == {base.name, memory.name}
@@ -100,7 +102,7 @@ def test_tasks_are_scored_and_shown(study, tmp_path):
         lines = "\n".join([json.dumps(record)] * 3)
         (tasks / f"{name}.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
     scored = Study(work=study.work, results=study.results, sizes=(SIZE,), tasks=tasks, quick=True)
-    quality.measure(scored)
+    fill(scored, {"quality": quality.jobs(scored), "probes": probes.jobs(scored)})
     found = Found(study.results)
     for run in found.parts["quality"].values():
         assert run["tasks"]["piqa"]["documents"] == 3

@@ -61,6 +61,23 @@ def test_what_was_not_measured_cannot_be_told(tmp_path):
     assert verdict(tmp_path, [run("base", 3.0)], "Rows in 4 bits") == "cannot be told here"
 
 
+@pytest.mark.parametrize(("flex3", "expected"), [(1.2, "holds"), (2.5, "holds in direction")])
+def test_the_order_of_costs(tmp_path, flex3, expected):
+    """Of the shape that the paper has; flex-3 above the base is one step of four."""
+    times = {"base": 2.0, "memory": 0.5, "flex1": 0.8, "flex2": 1.0, "flex3": flex3}
+    entries = {
+        f"{family}-{variant}": {
+            "variant": variant, "context": 2048, "ms_per_token": time, "peak_bytes": 1e9 * time, "bound_share": 0.5
+        }
+        for family in ("1b", "nano") for variant, time in times.items()
+    }  # fmt: skip
+    where = {"gpu": "none", "cpu": "a CPU", "torch": "2", "commit": "c"}
+    (tmp_path / "cost.json").write_text(json.dumps({"provenance": where, "entries": entries}))
+    assert verdict(tmp_path, [run("base", 3.0)], "A token of memory") == expected
+    page = report.text(Found(tmp_path), {})
+    assert page.count("| memory | 0.500 | 14.42 | 0.500 | 6.041 | 50 % |") == 1
+
+
 def test_there_must_be_results(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no quality\.json: run `flexmemory reproduce` first"):
         Found(tmp_path)

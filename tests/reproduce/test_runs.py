@@ -82,17 +82,17 @@ def test_the_rate_is_the_best_of_the_base(tmp_path):
 
 def test_runs_are_trained_once(work):
     runs = [Run(size=SIZE, variant=variant, tokens=1024, lr=3e-3) for variant in ("base", "table")]
-    train_runs(runs, work, at_once=1, device="cpu")
+    train_runs(runs, work, at_once=1, devices=["cpu"])
     losses = [outcome(run, work)["val_loss"] for run in runs]
     assert all(0 < loss < 10 for loss in losses)
     written = [(_folder(work, run) / "metrics.jsonl").stat().st_mtime_ns for run in runs]
-    train_runs(runs, work, at_once=1, device="cpu")
+    train_runs(runs, work, at_once=1, devices=["cpu"])
     assert [(_folder(work, run) / "metrics.jsonl").stat().st_mtime_ns for run in runs] == written
 
 
 def test_a_run_that_diverges_is_no_failure(work):
     run = Run(size=SIZE, variant="base", tokens=8192, lr=1e4)
-    train_runs([run], work, at_once=1, device="cpu")
+    train_runs([run], work, at_once=1, devices=["cpu"])
     assert outcome(run, work)["val_loss"] is None
     assert trained([run], work) == []
 

@@ -6,18 +6,19 @@ import logging
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 import tyro
 
 from flexmemory.device import resolve_device
 from flexmemory.reproduce import cells, compression, cost, probes, pruning, quality, report, speed
-from flexmemory.reproduce.runs import sweep, train_runs
-from flexmemory.reproduce.study import FULL, QUICK, Study
+from flexmemory.reproduce.runs import Size, sweep, train_runs
+from flexmemory.reproduce.study import FULL, QUICK, Study, fill
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.train.prepare import prepare
 
-Part = Literal["data", "speed", "runs", "quality", "probes", "pruning", "compression", "cells", "cost", "page"]
+Part = Literal["data", "speed", "cost", "sweep", "runs", "quality", "probes", "pruning", "compression", "cells", "page"]
 MEASURED = {
-    "quality": quality, "probes": probes, "pruning": pruning, "compression": compression, "cells": cells, "cost": cost,
+    "quality": quality, "probes": probes, "pruning": pruning, "compression": compression, "cells": cells,
 }  # fmt: skip
 """What is measured of trained models."""
 VOCAB_SIZE = 8192
@@ -36,6 +37,7 @@ def reproduce(
     results: Path | None = None,
     page: Path | None = None,
     parts: tuple[Part, ...] = get_args(Part),
+    sizes: tuple[str, ...] = (),
     at_once: int = 1,
     task_limit: int | None = None,
     device: str = "auto",
@@ -54,35 +56,47 @@ def reproduce(
         tokenizer: A tokenizer.json to use; by default one is trained on the corpus.
         results: Folder of the JSON files; by default WORK/results.
         page: The page to write, with its plots beside it in images; by default WORK/study.md.
-        parts: What to do, in this order.
-        at_once: Models trained at the same time.
+        parts: What to do, in this order; speed and cost want a device for themselves.
+        sizes: Families of models to train and measure, such as mini; by default all of the study.
+        at_once: Models trained or measured at the same time on each device.
         task_limit: Documents of each task, at most.
-        device: cpu, cuda, cuda:1 ..., or auto: the GPU where there is one.
+        device: cpu, cuda, cuda:1 ..., or auto: all GPUs where there is one.
         quick: Tiny models, to see in minutes that everything runs; nothing can be learnt from their numbers.
     """
+    gpus = torch.cuda.device_count() if device == "auto" else 0
     study = Study(
         work=work,
         results=results or work / "results",
-        sizes=QUICK if quick else FULL,
+        sizes=_chosen(QUICK if quick else FULL, sizes),
         tasks=tasks,
         task_limit=task_limit,
-        device=str(resolve_device(device)),
+        devices=tuple(f"cuda:{i}" for i in range(gpus)) or (str(resolve_device(device)),),
+        at_once=at_once,
         quick=quick,
     )
     if "data" in parts:
         _prepare(study, corpus, {"held-out": held_out, "wikitext": wikitext}, tokenizer)
     if "speed" in parts:
         speed.measure(study)
+    if "cost" in parts:
+        cost.measure(study)
+    if "sweep" in parts:
+        swept = [run for size in study.sizes for run in sweep(size)]
+        train_runs(swept, work, at_once=at_once, devices=study.devices)
     if "runs" in parts:
-        train_runs([run for size in study.sizes for run in sweep(size)], work, at_once=at_once, device=study.device)
-        wanted = [run for size in study.sizes for run in study.wanted(size)]
-        train_runs(wanted, work, at_once=at_once, device=study.device)
-    for part, module in MEASURED.items():
-        if part in parts:
-            module.measure(study)
+        wanted = [run for size in reversed(study.sizes) for run in study.wanted(size)]  # the largest first
+        train_runs(wanted, work, at_once=at_once, devices=study.devices)
+    fill(study, {part: module.jobs(study) for part, module in MEASURED.items() if part in parts})
     if "page" in parts:
         written = report.write(study.results, page or work / "study.md")
         print(written)
+
+
+def _chosen(sizes: tuple[Size, ...], families: tuple[str, ...]) -> tuple[Size, ...]:
+    known = [size.family for size in sizes]
+    if unknown := [family for family in families if family not in known]:
+        raise ValueError(f"the study has no size {unknown[0]!r}; it has {', '.join(known)}")
+    return tuple(size for size in sizes if not families or size.family in families)
 
 
 def _prepare(study: Study, corpus: tuple[Path, ...], texts: dict[str, Path | None], tokenizer: Path | None) -> None:

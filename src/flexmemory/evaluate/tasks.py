@@ -281,6 +281,12 @@ def task_score(task: Task, answers: Likelihoods) -> TaskScore:
     for document in task.documents:
         log_probs = answers.log_probs[start : start + len(document.requests)]
         start += len(document.requests)
+        if "gain" in values:  # `evaluate.gain`
+            with_context, without = np.split(log_probs, 2)
+            raised = (with_context - without) / np.maximum(document.lengths or 1, 1)
+            signs = np.sign(raised[document.gold] - np.delete(raised, document.gold))
+            values["gain"].append(signs.mean() / 2)
+            continue
         values["acc"].append(float(log_probs.argmax() == document.gold))
         if "acc_norm" in values:
             with np.errstate(divide="ignore"):  # an empty choice is infinitely unlikely, as in the harness

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from flexmemory.interpret.outliers import count_outliers
 from flexmemory.interpret.tkv import TokenMemory
 from flexmemory.interpret.vocabulary import Vocabulary
 from flexmemory.reproduce.runs import Run
-from flexmemory.reproduce.study import Results, Study, reference
+from flexmemory.reproduce.study import Job, Study, reference
 from flexmemory.train.frequency import token_counts
 
 CLUSTERS = 100
@@ -20,11 +21,10 @@ EXAMPLES = 12
 NULLS = 3
 
 
-def measure(study: Study) -> None:
+def jobs(study: Study) -> dict[str, Job]:
     """Of the memory model and flex-3 at every size."""
-    results = Results(study, "cells")
-    for size, run in reference(study, ["memory", "flex3"]):
-        results.entry(f"{size.family}-{run.variant}", lambda run=run: _cells(study, run))
+    runs = reference(study, ["memory", "flex3"])
+    return {f"{size.family}-{run.variant}": functools.partial(_cells, run=run) for size, run in runs}
 
 
 def _cells(study: Study, run: Run) -> dict[str, Any]:

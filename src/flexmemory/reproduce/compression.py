@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from flexmemory.model.memory import MemoryRows
 from flexmemory.reproduce.runs import Run
-from flexmemory.reproduce.study import Results, Study, reference
+from flexmemory.reproduce.study import Job, Study, reference
 from flexmemory.tol.build import ModelRows
 from flexmemory.tol.fit import fit
 from flexmemory.tol.plan import store_bytes
@@ -20,16 +21,16 @@ KEPT_RANK = (0.9, 0.8, 0.7, 0.6, 0.5)
 """The paper's cuts of 10 to 50 %; in bf16."""
 
 
-def measure(study: Study) -> None:
+def jobs(study: Study) -> dict[str, Job]:
     """Codecs and ranks over texts and tasks, then singular values."""
-    results = Results(study, "compression")
+    found: dict[str, Job] = {}
     for size, run in reference(study, ["memory", "flex3"]):
         name = f"{size.family}-{run.variant}"
         width = study.checkpoint(run).config.hidden_size
-        codecs = [*CODECS, *(f"svd{round(width * share)}" for share in KEPT_RANK)]
-        for codec in codecs:
-            results.entry(f"{name} {codec}", lambda run=run, codec=codec: _coded(study, run, codec))
-        results.entry(f"{name} spectra", lambda run=run: _spectra(study, run))
+        for codec in (*CODECS, *(f"svd{round(width * share)}" for share in KEPT_RANK)):
+            found[f"{name} {codec}"] = functools.partial(_coded, run=run, codec=codec)
+        found[f"{name} spectra"] = functools.partial(_spectra, run=run)
+    return found
 
 
 def table_of(study: Study, run: Run) -> Tensor:

@@ -29,11 +29,13 @@ class Found:
         files = {part: read_json(folder / f"{part}.json") for part in PARTS if (folder / f"{part}.json").exists()}
         self.parts: dict[str, dict[str, Entry]] = {part: {} for part in PARTS}
         self.parts |= {part: file["entries"] for part, file in files.items()}
+        self.cost = [entry for name, entry in self.parts["cost"].items() if name.startswith("1b-")]
         self.provenance: dict[str, dict[str, str]] = {part: file["provenance"] for part, file in files.items()}
         runs = list(self.parts["quality"].values())
         self.sizes = list(dict.fromkeys(run["size"] for run in runs))
         self.text = "held-out"
         self.has_tasks = any(run["tasks"] for run in runs)
+        self.has_gains = self.has_tasks and all("gain" in task for run in runs for task in run["tasks"].values())
 
     def tokens(self, size: str) -> int:
         """Tokens of the reference runs of a size: those at which all variants are."""

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from flexmemory.evaluate.probes import layer_alphas, scaled_ffn
 from flexmemory.reproduce.runs import Run
-from flexmemory.reproduce.study import Results, Study, reference
+from flexmemory.reproduce.study import Job, Study, reference
 
 ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 VARIANTS = ("base", "memory", "flex3")
 """In flex models FFN-M alone is scaled."""
 
 
-def measure(study: Study) -> None:
+def jobs(study: Study) -> dict[str, Job]:
     """All factors, then all layers, over texts and tasks."""
-    results = Results(study, "probes")
+    found: dict[str, Job] = {}
     for size, run in reference(study, VARIANTS):
         name = f"{size.family}-{run.variant}"
         for alpha in ALPHAS:
-            results.entry(f"{name} alpha {alpha:g}", lambda run=run, alpha=alpha: _scaled(study, run, alpha=alpha))
+            found[f"{name} alpha {alpha:g}"] = functools.partial(_scaled, run=run, alpha=alpha)
         for layer in range(study.checkpoint(run).config.num_layers):
-            results.entry(f"{name} without {layer}", lambda run=run, layer=layer: _scaled(study, run, layer=layer))
+            found[f"{name} without {layer}"] = functools.partial(_scaled, run=run, layer=layer)
+    return found
 
 
 def _scaled(study: Study, run: Run, *, alpha: float = 1.0, layer: int | None = None) -> dict[str, Any]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, get_args
 
 from flexmemory.evaluate.pruning import Method, Sparsity, prune, sparsity_for
 from flexmemory.model.accounting import count_parameters
 from flexmemory.reproduce.runs import Run, variant_config
-from flexmemory.reproduce.study import Results, Study, reference
+from flexmemory.reproduce.study import Job, Study, reference
 
 MATCHED = ("flex3", "flex2", "flex1", "memory")
 CALIBRATION_TOKENS = 131_072
 
 
-def measure(study: Study) -> None:
+def jobs(study: Study) -> dict[str, Job]:
     """Every method at every match."""
-    results = Results(study, "pruning")
+    found: dict[str, Job] = {}
     for size, run in reference(study, ["base"]):
         base = study.checkpoint(run).config
         targets: dict[str, Sparsity] = {"2:4": (2, 4)}
@@ -24,12 +25,10 @@ def measure(study: Study) -> None:
             targets[variant] = sparsity_for(base, active)
         for target, sparsity in targets.items():
             for method in get_args(Method):
-                results.entry(
-                    f"{size.family} {method} {target}",
-                    lambda run=run, method=method, target=target, sparsity=sparsity: _pruned(
-                        study, run, method=method, target=target, sparsity=sparsity
-                    ),
+                found[f"{size.family} {method} {target}"] = functools.partial(
+                    _pruned, run=run, method=method, target=target, sparsity=sparsity
                 )
+    return found
 
 
 def _pruned(study: Study, run: Run, *, method: Method, target: str, sparsity: Sparsity) -> dict[str, Any]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from typing import Any
 
 from flexmemory.model.accounting import count_parameters
 from flexmemory.reproduce.runs import Run, outcome
-from flexmemory.reproduce.study import Results, Study
+from flexmemory.reproduce.study import Job, Study
 from flexmemory.train.metrics import read_lines
 
 
-def measure(study: Study) -> None:
-    """Judge all runs; the longest first, those of a sweep too."""
-    results = Results(study, "quality")
-    for size in study.sizes:
-        for run in study.runs(size):
-            results.entry(run.name, lambda run=run: judged(study, run))
+def jobs(study: Study) -> dict[str, Job]:
+    """Of all runs; the longest first, those of a sweep too."""
+    return {run.name: functools.partial(judged, run=run) for size in study.sizes for run in study.runs(size)}
 
 
 def judged(study: Study, run: Run) -> dict[str, Any]:

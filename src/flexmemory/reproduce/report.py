@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from flexmemory.evaluate.tasks import Metric
 from flexmemory.reproduce import figures
-from flexmemory.reproduce.claims import CHANCE, claims
+from flexmemory.reproduce.claims import PAPER_COST, claims
 from flexmemory.reproduce.found import Entry, Found, accuracy, metric_of
-from flexmemory.reproduce.study import TASKS
+from flexmemory.reproduce.recall import ALPHA, CHANCE, SURE, VARIANTS, contrast, falls
+from flexmemory.reproduce.study import RECALL, TASKS
 
 CAPTIONS = {
     "quality": "Perplexity by active parameters and by tokens (Fig. 9, 10)",
@@ -38,7 +40,10 @@ def write(results: Path, page: Path) -> Path:
 
 def text(found: Found, images: dict[str, str]) -> str:
     """The page as Markdown; `images` by their paths from it."""
-    parts = (_head(found), _claims(found), _answers(found), _runs(found), _tasks(found), _plots(images), _limits(found))
+    parts = (
+        _head(found), _claims(found), _answers(found), _runs(found), _tasks(found), _cost(found), _plots(images),
+        _limits(found),
+    )  # fmt: skip
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -135,18 +140,18 @@ def _equal_time(found: Found) -> Lines:
         return
     rows = []
     for entry in speed.values():
-        base = speed[f"{entry['size']}-base"]
-        ratio = entry["tokens_per_s"] / base["tokens_per_s"]
-        longest = max(found.budgets(entry["size"], entry["variant"]), key=lambda run: run["tokens"], default=None)
-        rows.append(
-            (
-                f"{entry['size']} {entry['variant']}",
-                f"{entry['tokens_per_s']:,.0f}",
-                f"{ratio:.2f}",
-                "" if longest is None else f"{found.ppl(longest):.2f} at {longest['tokens'] / 1e6:.3g}M",
-            )
-        )
-    yield from _table(("", "tokens/s alone", "to the base", "perplexity of the longest run"), rows)
+        size, variant = entry["size"], entry["variant"]
+        ratio = entry["tokens_per_s"] / speed[f"{size}-base"]["tokens_per_s"]
+        base, wanted = found.run(size, "base"), found.tokens(size) * ratio
+        run = min(found.budgets(size, variant), key=lambda run: abs(run["tokens"] - wanted), default=None)
+        cells = (f"{entry['tokens_per_s']:,.0f}", f"{ratio:.2f}")
+        if run is None or abs(run["tokens"] / wanted - 1) > 0.01:
+            rows.append((f"{size} {variant}", *cells, "", "", ""))
+        else:
+            change = "" if variant == "base" else _change(found, run, base)
+            rows.append((f"{size} {variant}", *cells, f"{run['tokens'] / 1e6:.3g}M", f"{found.ppl(run):.2f}", change))
+    yield "Each trained alone on the device; then in the time of the base's run:\n"
+    yield from _table(("", "tokens/s", "to the base", "tokens", "perplexity", "to the base's"), rows)
 
 
 def _beyond_perplexity(found: Found) -> Lines:
@@ -170,6 +175,35 @@ def _beyond_perplexity(found: Found) -> Lines:
                     rows.append((f"{size} {variant}, alpha {alpha:g}", ppl, *cells))
     yield from _table(("scaled / whole", "perplexity", *tasks), rows)
     yield "Standard errors are those of the table of tasks below.\n"
+    yield from _beyond_by_gain(found)
+
+
+def _beyond_by_gain(found: Found) -> Lines:
+    """Falls of the gain at one alpha, whole and beyond the curve of all whole models."""
+    if not found.has_gains:
+        return
+    yield (
+        "By **gain** (how much oftener than half the context raises the right answer more than a wrong one; 0 for a "
+        "model that does not look at it: [evaluating](evaluating.md#gain)): its change at alpha "
+        f"{ALPHA:g}, in percent of the whole model's, then what is left of it without the fall that perplexity "
+        f"predicts. Only where the whole model's gain is above 0 by more than {SURE:g} errors; where a task has none, "
+        "the model is on it as one that does not look at the context:\n"
+    )
+    rows = []
+    for each in falls(found):
+        for what, changes in (("", each.fall), (", beyond perplexity", each.beyond)):
+            cells = [_points(changes.get(task)) for task in TASKS]
+            rows.append((each.model + what, *cells, _points(contrast(changes))))
+    names = (f"{task} ({'recall' if task in RECALL else 'reasoning'})" for task in TASKS)
+    yield from _table(("", *names, "recall less reasoning"), rows)
+    yield (
+        "Perplexity's prediction is a parabola in held-out nats through all whole models. Errors are over documents, "
+        "paired, and beyond perplexity also of the models' scatter around that curve.\n"
+    )
+
+
+def _points(metric: Metric | None) -> str:
+    return "" if metric is None else f"{100 * metric.value:+.0f} ± {100 * metric.stderr:.0f}"
 
 
 def _runs(found: Found) -> Lines:
@@ -218,6 +252,46 @@ def _tasks(found: Found) -> Lines:
         "([evaluating](evaluating.md)). Where "
         "a model does not beat guessing by more than its error, the task says nothing.\n"
     )
+    if not found.has_gains:
+        return
+    rows = []
+    for size in found.sizes:
+        for variant in VARIANTS:
+            if (probe := found.probe(size, variant)) is not None:
+                gains = [probe["tasks"][task]["gain"] for task in TASKS]
+                rows.append(
+                    (
+                        f"{size} {variant}",
+                        *(f"{100 * gain['value']:.1f} ± {100 * gain['stderr']:.1f}" for gain in gains),
+                    )
+                )
+    yield from _table(("gain, points", *TASKS), rows)
+
+
+def _cost(found: Found) -> Lines:
+    cost = found.cost
+    if not cost:
+        return
+    where = found.provenance["cost"]
+    yield "## Time and memory of a token (Table 6)\n"
+    rows = [
+        (
+            entry["variant"],
+            f"{entry['ms_per_token']:.3f}",
+            f"{PAPER_COST[entry['variant']]['ms_per_token']:.2f}",
+            f"{entry['peak_bytes'] / 1e9:.3f}",
+            f"{PAPER_COST[entry['variant']]['peak_bytes']:.3f}",
+            f"{100 * entry['bound_share']:.0f} %",
+        )
+        for entry in cost
+    ]
+    header = ("", "ms a token", "the paper's", "peak memory, GB", "the paper's", "of its bound")
+    yield from _table(header, rows)
+    device = where["gpu"] if where["gpu"] != "none" else where["cpu"]
+    yield (
+        f"The engine at the paper's 1B shape, random weights, batch 1, {cost[0]['context']:,} tokens of context, rows "
+        f"in host memory; {device}, commit {where['commit']}. The paper's are of one A100.\n"
+    )
 
 
 def _plots(images: dict[str, str]) -> Lines:
@@ -261,10 +335,10 @@ def _limits(found: Found) -> Lines:
             "- Tasks that are at chance decide nothing about recall and reasoning. Documents of each: "
             f"{documents}. Texts are judged in fp32, tasks in bf16 on a GPU."
         )
-    yield (
-        "- Table 6 (time and memory of a token) at the 1B shape is in the README, by the engine; figure 5: the map of "
-        "the [explorer](explorer.md) and of the [findings](findings.md)."
-    )
+    elsewhere = "figure 5: the map of the [explorer](explorer.md) and of the [findings](findings.md)."
+    if not found.cost:
+        elsewhere = f"Table 6 (time and memory of a token) at the 1B shape is in the README, by the engine; {elsewhere}"
+    yield f"- {elsewhere[0].upper()}{elsewhere[1:]}"
     missing = [part for part in ("speed", "probes", "pruning", "compression", "cells", "cost") if not found.parts[part]]
     if missing:
         yield f"- Not measured in this run: {', '.join(missing)}."

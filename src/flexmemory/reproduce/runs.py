@@ -11,11 +11,11 @@ the dense base at half the tokens; memory is swept beside it, so that what the c
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
 import logging
 import math
-import multiprocessing
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from flexmemory.config import ModelConfig, TrainConfig
 from flexmemory.model.accounting import count_parameters
 from flexmemory.presets import VARIANTS, get_preset
+from flexmemory.reproduce.deal import deal
 from flexmemory.storage import read_json, write_json
 from flexmemory.train import checkpoint as checkpoints
 from flexmemory.train.data import TokenDataset
@@ -193,33 +194,19 @@ def outcome(run: Run, work: Path) -> dict[str, Any]:
     return read_json(work / "runs" / run.name / "outcome.json")
 
 
-def train_runs(runs: Iterable[Run], work: Path, *, at_once: int, device: str) -> None:
-    """Train what is not there, in `at_once` processes; what was interrupted goes on.
+def train_runs(runs: Iterable[Run], work: Path, *, at_once: int, devices: Sequence[str]) -> None:
+    """Train what is not there, `at_once` on each device; what was interrupted goes on.
 
     Raises:
         RuntimeError: a run failed; the others were finished.
     """
     left = [run for run in runs if not (work / "runs" / run.name / "outcome.json").exists()]
-    if at_once == 1:
-        for run in tqdm(left, desc="training", unit="run"):
-            _train(run, work, device, None)
-        return
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, (multiprocessing.cpu_count() or 1) // at_once)
-    failed: list[str] = []
-    with ProcessPoolExecutor(at_once, mp_context=context, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(_train, run, work, device, threads): run for run in left}
-        for future in tqdm(as_completed(futures), total=len(left), desc="training", unit="run"):
-            if error := future.exception():
-                failed.append(f"{futures[future].name}: {error}")
-    if failed:
-        raise RuntimeError("not all runs were trained; the same command goes on:\n" + "\n".join(failed))
+    jobs = {run.name: functools.partial(_train, run, work) for run in left}
+    for _ in tqdm(deal(jobs, devices=devices, at_once=at_once), total=len(left), desc="training", unit="run"):
+        pass
 
 
-def _train(run: Run, work: Path, device: str, threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
-        logging.basicConfig(level=logging.WARNING)
+def _train(run: Run, work: Path, device: str) -> None:
     folder = work / "runs" / run.name
     data = TokenDataset.open(work / "data" / "train")
     result: dict[str, Any]
@@ -239,6 +226,9 @@ def _train(run: Run, work: Path, device: str, threads: int | None) -> None:
         logger.warning("%s: %s", run.name, error)
         result = {"val_loss": None, "error": str(error)}
     write_json(folder / "outcome.json", result)
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # to processes beside this one
 
 
 def trained(runs: Sequence[Run], work: Path) -> list[Run]:

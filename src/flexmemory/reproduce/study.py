@@ -9,20 +9,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from tqdm import tqdm
 
 from flexmemory.engine.reference import RowSource
+from flexmemory.evaluate.gain import block_means, graded
 from flexmemory.evaluate.perplexity import perplexity
 from flexmemory.evaluate.tasks import EncodedTasks, load_task, score_tasks
 from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.model.transformer import Transformer
 from flexmemory.provenance import provenance
+from flexmemory.reproduce.deal import deal
 from flexmemory.reproduce.runs import ABLATIONS, Run, Size, best_rate, outcome, reference_runs, sweep, trained
 from flexmemory.storage import read_json, write_json
 from flexmemory.train.data import TokenDataset
@@ -32,12 +35,17 @@ TASKS = ("lambada_openai", "arc_easy", "sciq", "social_iqa", "hellaswag", "winog
 RECALL = TASKS[:4]
 BATCH_SIZE = 64
 """Windows in one forward pass."""
+BLOCKS = 40
+"""Of a task's documents, whose mean gains are kept."""
 
 FULL = (
     Size(
         family="mini", tokens=65_536_000, lrs=(1.5e-3, 3e-3, 6e-3), seeds=2, ablations=ABLATIONS, budgets=(0.5, 2.0)
     ),
-    Size(family="small", tokens=65_536_000, lrs=(1.5e-3, 3e-3), ablations=("base-as-memory", "base-as-flex3")),
+    Size(
+        family="small", tokens=65_536_000, lrs=(3.75e-4, 7.5e-4, 1.5e-3, 3e-3),
+        ablations=("base-as-memory", "base-as-flex3"),
+    ),
 )  # fmt: skip
 """6.3 and 21 million parameters beside embedding and head."""
 QUICK = (
@@ -63,8 +71,15 @@ class Study:
     """Folder of task files; without it models are judged by perplexity alone."""
     task_limit: int | None = None
     """Documents of each task, at most."""
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
+    at_once: int = 1
+    """Models trained or measured at the same time on each device."""
     quick: bool = False
+
+    @property
+    def device(self) -> str:
+        """That of what is done alone."""
+        return self.devices[0]
 
     @functools.cached_property
     def train_data(self) -> TokenDataset:
@@ -134,7 +149,7 @@ class Judge:
         if study.tasks is not None:
             tasks = [load_task(name, study.tasks, limit=study.task_limit) for name in TASKS]
             longest = min(size.seq_len for size in study.sizes)
-            encoded = EncodedTasks.of(tasks, study.train_data.tokenizer(), max_len=longest)
+            encoded = EncodedTasks.of([*tasks, *map(graded, tasks)], study.train_data.tokenizer(), max_len=longest)
             self.encoded = dataclasses.replace(
                 encoded, continuations=encoded.continuations.to(torch.device(study.device))
             )
@@ -143,7 +158,7 @@ class Judge:
     def __call__(
         self, model: Transformer, row_source: RowSource | None = None, *, tasks: bool = True
     ) -> dict[str, Any]:
-        """Of each text nats a token with its standard error and bits a byte; of each task all metrics with theirs."""
+        """Of each text nats a token with its standard error and bits a byte; of each task all metrics and its gain."""
         found: dict[str, Any] = {"texts": {}, "tasks": {}}
         for name, (stream, num_bytes) in self.streams.items():
             result = perplexity(model, stream, batch_size=BATCH_SIZE, row_source=row_source, num_bytes=num_bytes)
@@ -159,8 +174,13 @@ class Judge:
             # Texts in fp32, as differences are small there; tasks in the precision of training.
             with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
                 scores = score_tasks(model, self.encoded, row_source=row_source)
-            for name, score in scores.items():
-                found["tasks"][name] = {"documents": score.num_documents, "metrics": score.to_json()["metrics"]}
+            for name in TASKS:
+                score, gain = scores[name], scores[f"{name} gain"]
+                found["tasks"][name] = {
+                    "documents": score.num_documents,
+                    "metrics": score.to_json()["metrics"],
+                    "gain": gain.to_json()["metrics"]["gain"] | {"blocks": block_means(gain, "gain", count=BLOCKS)},
+                }
         return found
 
 
@@ -181,6 +201,40 @@ class Results:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, {"provenance": provenance(), "entries": self.entries})
         return self.entries[name]
+
+
+Job = Callable[[Study], dict[str, Any]]
+"""What makes an entry."""
+
+
+def fill(study: Study, parts: Mapping[str, Mapping[str, Job]]) -> None:
+    """Make the entries of some parts, by part and name, that are not there; on all devices, several at once.
+
+    Raises:
+        RuntimeError: some could not be made; the others were.
+    """
+    results = {part: Results(study, part) for part in parts}
+    plain = dataclasses.replace(study)  # without the data that it has read
+    left = {
+        f"{part}/{name}": functools.partial(_made, plain, job)
+        for part, jobs in parts.items()
+        for name, job in jobs.items()
+        if name not in results[part].entries
+    }
+    dealt = deal(left, devices=study.devices, at_once=study.at_once)
+    for key, entry in tqdm(dealt, desc="measuring", total=len(left)):
+        part, _, name = key.partition("/")
+        results[part].entry(name, lambda entry=entry: entry)
+
+
+def _made(study: Study, job: Job, device: str) -> dict[str, Any]:
+    return job(_on(study, device))
+
+
+@functools.lru_cache(maxsize=1)
+def _on(study: Study, device: str) -> Study:
+    """The study on one device; kept, as what it reads takes longer than a measurement."""
+    return dataclasses.replace(study, devices=(device,))
 
 
 def reference(study: Study, variants: Sequence[str]) -> Iterator[tuple[Size, Run]]:
