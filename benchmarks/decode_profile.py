@@ -3,6 +3,8 @@
     python benchmarks/decode_profile.py --out benchmarks/results/decode_profile.json [--rows "device" "int4 device"]
 
 The 1b memory shape at batch 1 with random weights and rows of 8192 tokens, as in benchmarks/decode.py; needs a GPU.
+`ms` is the median over groups of steps. `over_first_us` compares a kind with the first one turn by turn: the median of
+the differences of their medians, and its 95 % interval by resampling turns.
 The profiler makes kernels that overlap seem longer: compare its figures with one another, not with the step's time.
 """
 
@@ -25,7 +27,7 @@ from flexmemory.provenance import provenance
 from flexmemory.storage import write_json
 
 NUM_IDS, PROMPT, LENGTH = 8192, 300, 2048
-ROUNDS, GROUPS, STEPS = 12, 4, 8
+ROUNDS, GROUPS, STEPS = 36, 4, 8
 PROFILED = 32
 
 
@@ -41,6 +43,28 @@ def started(bench: Bench, rows: str) -> Engine:
     return engine
 
 
+def timed(engine: Engine) -> list[float]:
+    """Milliseconds of a step, by group; one step is always in flight, as while a sequence goes on."""
+    engine.step()
+    times = []
+    for _ in range(GROUPS):
+        begun = time.perf_counter()
+        for _ in range(STEPS):
+            engine.step()
+        times.append(1e3 * (time.perf_counter() - begun) / STEPS)
+    torch.cuda.synchronize()
+    return times
+
+
+def over_first_us(turns: list[list[float]], first: list[list[float]]) -> dict[str, float]:
+    """How much longer steps are than those of the first kind."""
+    medians = [1e3 * torch.tensor([statistics.median(turn) for turn in kind]) for kind in (turns, first)]
+    over = medians[0] - medians[1]
+    picks = torch.randint(len(over), (2000, len(over)), generator=torch.Generator().manual_seed(0))
+    low, high = over[picks].median(dim=1).values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {"median": over.median().item(), "low": low, "high": high}
+
+
 def kernels(engine: Engine) -> list[dict[str, Any]]:
     """Launches and microseconds of a step, by kernel."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -51,7 +75,7 @@ def kernels(engine: Engine) -> list[dict[str, Any]]:
     found: dict[str, list[float]] = {}
     for event in profiled.events() or []:
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            found.setdefault(event.name[:90], []).append(event.device_time_total)
+            found.setdefault(event.name[:90], []).append(event.time_range.elapsed_us())
     rows = [
         {"name": name, "per_step": len(times) / PROFILED, "us_per_step": sum(times) / PROFILED}
         for name, times in found.items()
@@ -70,20 +94,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(scale, stream, device=torch.device("cuda"), folder=Path(folder))
         engines = {rows: started(bench, rows) for rows in args.rows}
-        times: dict[str, list[float]] = {rows: [] for rows in engines}
+        turns: dict[str, list[list[float]]] = {rows: [] for rows in engines}
         for _ in range(ROUNDS):
             for rows, engine in engines.items():
-                for _ in range(GROUPS):
-                    begun = time.perf_counter()
-                    for _ in range(STEPS):
-                        engine.step()
-                    times[rows].append(1e3 * (time.perf_counter() - begun) / STEPS)
-                torch.cuda.synchronize()
+                turns[rows].append(timed(engine))
         kinds = {
             rows: {
-                "ms": statistics.median(times[rows]),
-                "mean": statistics.mean(times[rows]),
-                "min": min(times[rows]),
+                "ms": statistics.median(times := [time for turn in turns[rows] for time in turn]),
+                "mean": statistics.mean(times),
+                "min": min(times),
+                "over_first_us": over_first_us(turns[rows], turns[args.rows[0]]),
                 "kernels": kernels(engine),
             }
             for rows, engine in engines.items()
