@@ -43,7 +43,7 @@ def found_of(folder, probes):
     runs.append(entry("base", 3.0))
     where = {"gpu": "none", "cpu": "a CPU", "torch": "2", "commit": "c"}
     for part, entries in (("quality", dict(enumerate(runs))), ("probes", probes)):
-        (folder / f"{part}.json").write_text(json.dumps({"provenance": where, "entries": entries}))
+        (folder / f"{part}.json").write_text(json.dumps({"provenance": [where], "entries": entries}))
     return Found(folder)
 
 

@@ -33,7 +33,7 @@ def run(variant, ppl_nats, *, tokens=100, seed=0, active=1000):
 def verdict(folder, runs, claim):
     entries = {str(number): each for number, each in enumerate(runs)}
     where = {"gpu": "none", "cpu": "a CPU", "torch": "2", "commit": "c"}
-    (folder / "quality.json").write_text(json.dumps({"provenance": where, "entries": entries}))
+    (folder / "quality.json").write_text(json.dumps({"provenance": [where], "entries": entries}))
     found = Found(folder)
     report.text(found, {})
     return next(each.verdict for each in claims(found) if each.claim.startswith(claim))
@@ -72,7 +72,7 @@ def test_the_order_of_costs(tmp_path, flex3, expected):
         for family in ("1b", "nano") for variant, time in times.items()
     }  # fmt: skip
     where = {"gpu": "none", "cpu": "a CPU", "torch": "2", "commit": "c"}
-    (tmp_path / "cost.json").write_text(json.dumps({"provenance": where, "entries": entries}))
+    (tmp_path / "cost.json").write_text(json.dumps({"provenance": [where], "entries": entries}))
     assert verdict(tmp_path, [run("base", 3.0)], "A token of memory") == expected
     page = report.text(Found(tmp_path), {})
     assert page.count("| memory | 0.500 | 14.42 | 0.500 | 6.041 | 50 % |") == 1

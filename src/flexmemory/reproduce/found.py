@@ -15,6 +15,11 @@ PARTS = ("speed", "quality", "probes", "pruning", "compression", "cells", "cost"
 Entry = Mapping[str, Any]
 
 
+def has_gains(entry: Entry) -> bool:
+    """Whether gains of a model were measured, beside its accuracies."""
+    return bool(entry["tasks"]) and all("gain" in task for task in entry["tasks"].values())
+
+
 class Found:
     """Entries of each part; a part that was not measured has none."""
 
@@ -30,12 +35,13 @@ class Found:
         self.parts: dict[str, dict[str, Entry]] = {part: {} for part in PARTS}
         self.parts |= {part: file["entries"] for part, file in files.items()}
         self.cost = [entry for name, entry in self.parts["cost"].items() if name.startswith("1b-")]
-        self.provenance: dict[str, dict[str, str]] = {part: file["provenance"] for part, file in files.items()}
+        self.provenance: dict[str, list[dict[str, str]]] = {part: file["provenance"] for part, file in files.items()}
         runs = list(self.parts["quality"].values())
         self.sizes = list(dict.fromkeys(run["size"] for run in runs))
         self.text = "held-out"
         self.has_tasks = any(run["tasks"] for run in runs)
-        self.has_gains = self.has_tasks and all("gain" in task for run in runs for task in run["tasks"].values())
+        self.graded = [run for run in runs if has_gains(run)]
+        """Runs whose gains were measured."""
 
     def tokens(self, size: str) -> int:
         """Tokens of the reference runs of a size: those at which all variants are."""

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flexmemory.evaluate.tasks import Metric
-from flexmemory.reproduce.found import Entry, Found, accuracy
+from flexmemory.reproduce.found import Entry, Found, accuracy, has_gains
 from flexmemory.reproduce.study import RECALL, TASKS
 from flexmemory.reproduce.verdict import Claim, percent, verdict_of
 
@@ -48,7 +48,7 @@ class Falls:
 def recall_claims(found: Found) -> Iterator[Claim]:
     """By accuracy, and by gain where it was measured."""
     yield _by_accuracy(found)
-    if found.has_gains:
+    if found.graded:
         all_falls = falls(found)
         name = f"By gain, at alpha {ALPHA:g} recall tasks fall far more than reasoning tasks"
         yield _by_gain(name, [(each.model, contrast(each.fall)) for each in all_falls], paper=_PAPER)
@@ -62,7 +62,7 @@ def falls(found: Found) -> list[Falls]:
     for size in found.sizes:
         for variant in VARIANTS:
             whole, scaled = found.probe(size, variant), found.probe(size, variant, alpha=ALPHA)
-            if whole is not None and scaled is not None:
+            if whole is not None and scaled is not None and has_gains(whole):
                 tasks = [task for task in TASKS if is_sure(whole, task)]
                 result.append(
                     Falls(
@@ -88,7 +88,7 @@ def fall(whole: Entry, scaled: Entry, task: str) -> Metric:
 
 def fall_beyond(found: Found, whole: Entry, scaled: Entry, task: str) -> Metric:
     """`fall` less that of the curve between both perplexities; the error has the scatter around the curve, too."""
-    models = [run for run in found.parts["quality"].values() if math.isfinite(found.nats(run))]
+    models = [run for run in found.graded if math.isfinite(found.nats(run))]
     nats = np.array([found.nats(run) for run in models])
     gains = np.array([_blocks(run, task) for run in models])  # (M, B)
     powers = _powers(nats)

@@ -9,7 +9,7 @@ from pathlib import Path
 from flexmemory.evaluate.tasks import Metric
 from flexmemory.reproduce import figures
 from flexmemory.reproduce.claims import PAPER_COST, claims
-from flexmemory.reproduce.found import Entry, Found, accuracy, metric_of
+from flexmemory.reproduce.found import Entry, Found, accuracy, has_gains, metric_of
 from flexmemory.reproduce.recall import ALPHA, CHANCE, SURE, VARIANTS, contrast, falls
 from flexmemory.reproduce.study import RECALL, TASKS
 
@@ -56,8 +56,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 
 
 
 def _head(found: Found) -> Lines:
-    where = found.provenance["quality"]
-    device = where["gpu"] if where["gpu"] != "none" else where["cpu"]
     yield "# The study: the paper's claims, at a size that can be trained here\n"
     yield (
         "Written by `flexmemory reproduce` from its results. Each claim has the paper's number, ours, and a verdict by "
@@ -65,7 +63,15 @@ def _head(found: Found) -> Lines:
         f"{_scale(found)}. **A verdict says what holds at this scale, not whether the paper is right.**\n"
     )
     yield f"    {COMMAND}\n"
-    yield f"Models were trained and judged on: {device}, torch {where['torch']}, commit {where['commit']}.\n"
+    yield f"Models were trained and judged on: {_places(found, 'quality')}.\n"
+
+
+def _places(found: Found, part: str) -> str:
+    """Machines and commits that a part's entries come from."""
+    return "; ".join(
+        f"{where['gpu'] if where['gpu'] != 'none' else where['cpu']}, torch {where['torch']}, commit {where['commit']}"
+        for where in found.provenance[part]
+    )
 
 
 def _claims(found: Found) -> Lines:
@@ -180,7 +186,7 @@ def _beyond_perplexity(found: Found) -> Lines:
 
 def _beyond_by_gain(found: Found) -> Lines:
     """Falls of the gain at one alpha, whole and beyond the curve of all whole models."""
-    if not found.has_gains:
+    if not found.graded:
         return
     yield (
         "By **gain** (how much oftener than half the context raises the right answer more than a wrong one; 0 for a "
@@ -252,12 +258,12 @@ def _tasks(found: Found) -> Lines:
         "([evaluating](evaluating.md)). Where "
         "a model does not beat guessing by more than its error, the task says nothing.\n"
     )
-    if not found.has_gains:
+    if not found.graded:
         return
     rows = []
     for size in found.sizes:
         for variant in VARIANTS:
-            if (probe := found.probe(size, variant)) is not None:
+            if (probe := found.probe(size, variant)) is not None and has_gains(probe):
                 gains = [probe["tasks"][task]["gain"] for task in TASKS]
                 rows.append(
                     (
@@ -272,7 +278,6 @@ def _cost(found: Found) -> Lines:
     cost = found.cost
     if not cost:
         return
-    where = found.provenance["cost"]
     yield "## Time and memory of a token (Table 6)\n"
     rows = [
         (
@@ -287,10 +292,9 @@ def _cost(found: Found) -> Lines:
     ]
     header = ("", "ms a token", "the paper's", "peak memory, GB", "the paper's", "of its bound")
     yield from _table(header, rows)
-    device = where["gpu"] if where["gpu"] != "none" else where["cpu"]
     yield (
         f"The engine at the paper's 1B shape, random weights, batch 1, {cost[0]['context']:,} tokens of context, rows "
-        f"in host memory; {device}, commit {where['commit']}. The paper's are of one A100.\n"
+        f"in host memory; {_places(found, 'cost')}. The paper's are of one A100.\n"
     )
 
 

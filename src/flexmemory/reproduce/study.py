@@ -192,6 +192,8 @@ class Results:
         self.path = study.results / f"{name}.json"
         found = read_json(self.path) if self.path.exists() else {}
         self.entries: dict[str, Any] = found.get("entries", {})
+        self.provenance: list[dict[str, str]] = found.get("provenance", [])
+        """Of all entries: machines and commits."""
 
     def entry(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The entry called `name`, made and written unless it is there."""
@@ -199,7 +201,9 @@ class Results:
             logger.info("%s: %s", self.path.stem, name)
             self.entries[name] = make()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {"provenance": provenance(), "entries": self.entries})
+            if (here := provenance()) not in self.provenance:
+                self.provenance.append(here)
+            write_json(self.path, {"provenance": self.provenance, "entries": self.entries})
         return self.entries[name]
 
 
