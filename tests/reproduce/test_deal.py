@@ -4,6 +4,7 @@ import functools
 import os
 
 import pytest
+import torch
 
 from flexmemory.reproduce.deal import deal
 
@@ -45,3 +46,14 @@ def test_each_place_stays_on_its_device():
 def test_what_a_dead_process_leaves_is_said():
     with pytest.raises(RuntimeError, match=r"job 1: no process is left\njob 2: no process is left"):
         list(deal({"dies": dies, "dies too": dies} | jobs(1, 2), devices=["a"], at_once=2))
+
+
+def current(device: str) -> int:
+    return torch.cuda.current_device()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_of_a_place_go_to_its_device():
+    jobs = {"one": current, "two": current}
+    assert sorted(device for _, device in deal(jobs, devices=["cuda:0", "cuda:1"], at_once=1)) == [0, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ def _decode(study: Study, family: str, variant: str) -> dict[str, Any]:
     num_ids = min(NUM_IDS, config.vocab_size)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     stream = torch.randint(num_ids, (4 * length,), generator=torch.Generator().manual_seed(0))
+    gc.collect()  # captured steps of the last model hold its memory, and are held in cycles
+    if on_gpu:
+        torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         tier = None
         if config.has_memory:

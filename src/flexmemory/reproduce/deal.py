@@ -32,9 +32,8 @@ def deal(
     with contextlib.ExitStack() as stack:
         places = min(len(devices) * at_once, len(jobs))
         threads = max(1, multiprocessing.cpu_count() // max(1, places))
-        free = [
-            (devices[place % len(devices)], stack.enter_context(_process(threads))) for place in reversed(range(places))
-        ]
+        on = [devices[place % len(devices)] for place in reversed(range(places))]
+        free = [(device, stack.enter_context(_process(device, threads))) for device in on]
         while True:
             while free and (job := next(waiting, None)) is not None:
                 device, process = free.pop()
@@ -55,11 +54,13 @@ def deal(
         raise RuntimeError("not everything was done; the same command goes on:\n" + "\n".join(failed))
 
 
-def _process(threads: int) -> ProcessPoolExecutor:
+def _process(device: str, threads: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(threads,))
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(device, threads))
 
 
-def _begin(threads: int) -> None:
+def _begin(device: str, threads: int) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # kernels go to the current one, wherever their tensors are
     torch.set_num_threads(threads)
     logging.basicConfig(level=logging.WARNING)

@@ -34,11 +34,11 @@ def measure(study: Study) -> None:
 def _timed(study: Study, size: Size, variant: str) -> dict[str, Any]:
     """Whole optimizer steps as `flexmemory train` takes them."""
     device = resolve_device(study.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     run = Run(size=size, variant=variant, tokens=size.tokens, lr=size.lrs[0])
     config = dataclasses.replace(run.config, rows_per="step")
     model = new_model(run.model(study.train_data.vocab_size), seed=0, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     module = training_model(model, config=config, world=World(device=device))
     optimizer = Optimizer(model, config=config)
     rows_shared_by = config.batch_tokens // config.seq_len  # sequences
