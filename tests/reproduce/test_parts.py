@@ -1,5 +1,6 @@
 """Every part on two tiny models: what it writes, and that it is not made again."""
 
+import dataclasses
 import json
 import lzma
 import math
@@ -35,6 +36,8 @@ def entries(study, part):
 
 def test_all_parts_and_the_page(study, monkeypatch):
     monkeypatch.setattr(probes, "ALPHAS", (1.0, 0.5, 0.2))
+    elsewhere = study.work / "runs" / study.run(SIZE, "memory").name
+    study = dataclasses.replace(study, models=(elsewhere,))
     speed.measure(study)
     cost.measure(study)
     fill(study, {name: part.jobs(study) for name, part in MEASURED.items()})
@@ -53,6 +56,9 @@ def test_all_parts_and_the_page(study, monkeypatch):
         assert probed[f"{name} without 0"]["texts"]["held-out"]["nats"] != whole
         assert f"{name} without 2" in probed
         assert f"{name} without 3" not in probed
+    for alpha in ("1", "0.5"):
+        texts = entries(study, "models")[f"{elsewhere.name} alpha {alpha}"]["texts"]
+        assert texts == probed[f"nano-memory alpha {alpha}"]["texts"]
     pruned = entries(study, "pruning")
     assert len(pruned) == 15
     for entry in pruned.values():

@@ -11,7 +11,7 @@ import pytest
 from flexmemory.reproduce import report
 from flexmemory.reproduce.claims import claims
 from flexmemory.reproduce.found import Found
-from flexmemory.reproduce.recall import contrast, fall, fall_beyond, falls
+from flexmemory.reproduce.recall import ALPHA, contrast, fall, fall_beyond, falls
 from flexmemory.reproduce.study import RECALL, TASKS
 from tests.reproduce.test_report import run
 
@@ -59,25 +59,46 @@ def test_a_fall_is_paired(tmp_path):
     assert found.stderr < alone / 2
 
 
+def beyond(found, whole, scaled, task):
+    result = fall_beyond(found, whole, scaled, task)
+    assert result is not None
+    return result
+
+
 def test_beyond_perplexity_is_what_leaves_the_curve(tmp_path):
     whole, on_it = entry("base", 3.0), entry("base", 3.7)
     off_it = entry("base", 3.7, gain={"sciq": curve(3.7) - 0.3})
     found = found_of(tmp_path, {})
     assert fall(whole, on_it, "sciq").value < -0.1
-    assert fall_beyond(found, whole, on_it, "sciq").value == pytest.approx(0, abs=1e-9)
+    assert beyond(found, whole, on_it, "sciq").value == pytest.approx(0, abs=1e-9)
     before = whole["tasks"]["sciq"]["gain"]["value"]
-    assert fall_beyond(found, whole, off_it, "sciq").value == pytest.approx(-0.3 / before)
+    assert beyond(found, whole, off_it, "sciq").value == pytest.approx(-0.3 / before)
 
 
 def test_scatter_of_models_is_in_the_error(tmp_path):
     whole, half = entry("base", 3.0), entry("base", 3.7)
     found = found_of(tmp_path, {})
-    exact = fall_beyond(found, whole, half, "piqa").stderr
+    exact = beyond(found, whole, half, "piqa").stderr
     for number, each in enumerate(found.parts["quality"].values()):
         each["tasks"]["piqa"]["gain"]["blocks"] = [
             gain + 0.2 * (-1) ** number for gain in each["tasks"]["piqa"]["gain"]["blocks"]
         ]
-    assert fall_beyond(found, whole, half, "piqa").stderr > exact + 0.1
+    assert beyond(found, whole, half, "piqa").stderr > exact + 0.1
+
+
+def test_models_from_elsewhere_stand_beside_the_study_s(tmp_path):
+    """Judged on fewer documents, they have falls, and nothing beyond a curve of models judged on others."""
+    whole, half = entry("base", 3.0), entry("base", 3.7)
+    for each in (whole, half):
+        each["tasks"]["sciq"]["documents"] = 40
+    entries = {"a": whole | {"model": "large", "alpha": 1.0}, "b": half | {"model": "large", "alpha": ALPHA}}
+    found_of(tmp_path, {})
+    (tmp_path / "models.json").write_text(json.dumps({"provenance": [], "entries": entries}))
+    (each,) = falls(Found(tmp_path))
+    assert each.model == "large"
+    assert each.fall["sciq"] == fall(whole, half, "sciq")
+    assert "piqa" in each.beyond
+    assert "sciq" not in each.beyond
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,13 @@ def test_the_page_is_that_of_the_results():
     assert all((PAGE.parent / image).exists() for image in images.values())
 
 
-def run(variant, ppl_nats, *, tokens=100, seed=0, active=1000):
+SPEED = {"base": 1000.0, "memory": 800.0}
+
+
+def run(variant, ppl_nats, *, tokens=100, seed=0, active=1000, lr=1e-3):
     text = {"nats": ppl_nats, "stderr": 0.01, "perplexity": 1.0, "perplexity_stderr": 0.1}
     return {
-        "size": "nano", "variant": variant, "seed": seed, "lr": 1e-3, "tokens": tokens,
+        "size": "nano", "variant": variant, "seed": seed, "lr": lr, "tokens": tokens,
         "parameters": {"active": active, "backbone": 2000, "embedding": 64},
         "model": {"hidden_size": 8}, "texts": {"held-out": text}, "tasks": {},
     }  # fmt: skip
@@ -76,6 +79,23 @@ def test_the_order_of_costs(tmp_path, flex3, expected):
     assert verdict(tmp_path, [run("base", 3.0)], "A token of memory") == expected
     page = report.text(Found(tmp_path), {})
     assert page.count("| memory | 0.500 | 14.42 | 0.500 | 6.041 | 50 % |") == 1
+
+
+def test_the_rate_is_the_best_of_the_base_at_the_tokens_of_all(tmp_path):
+    """Not that of a sweep at fewer; at equal time both have the rate of the run that was trained for it."""
+    runs = [
+        run("base", 3.5, tokens=50), run("base", 3.4, tokens=50, lr=5e-4),
+        run("base", 3.0), run("base", 3.1, lr=5e-4), run("memory", 3.2), run("memory", 3.3, tokens=80, lr=5e-4),
+    ]  # fmt: skip
+    rates = {f"nano-{name}": {"size": "nano", "variant": name, "tokens_per_s": rate} for name, rate in SPEED.items()}
+    (tmp_path / "speed.json").write_text(json.dumps({"provenance": [], "entries": rates}))
+    assert verdict(tmp_path, runs, "MemoryLLM is behind") == "holds"
+    found = Found(tmp_path)
+    assert found.lr("nano") == 1e-3
+    assert found.equal_time("nano", "memory") == (runs[3], runs[5])
+    page = report.text(found, {})
+    assert "| nano memory | 800 | 0.80 | 0.0005 | 8e-05M | 22.20 | 27.11 | +22.1 % |" in page
+    assert "edge of those tried at 0.0001M tokens (0.0005, 0.001)" in page
 
 
 def test_there_must_be_results(tmp_path):

@@ -11,14 +11,18 @@ import tyro
 
 from flexmemory.device import resolve_device
 from flexmemory.reproduce import cells, compression, cost, probes, pruning, quality, report, speed
+from flexmemory.reproduce import models as elsewhere
 from flexmemory.reproduce.runs import Size, sweep, train_runs
 from flexmemory.reproduce.study import FULL, QUICK, Study, fill
 from flexmemory.tokenizer import Tokenizer
 from flexmemory.train.prepare import prepare
 
-Part = Literal["data", "speed", "cost", "sweep", "runs", "quality", "probes", "pruning", "compression", "cells", "page"]
+Part = Literal[
+    "data", "speed", "cost", "sweep", "runs", "quality", "probes", "pruning", "compression", "cells", "models", "page"
+]
 MEASURED = {
     "quality": quality, "probes": probes, "pruning": pruning, "compression": compression, "cells": cells,
+    "models": elsewhere,
 }  # fmt: skip
 """What is measured of trained models."""
 VOCAB_SIZE = 8192
@@ -38,6 +42,7 @@ def reproduce(
     page: Path | None = None,
     parts: tuple[Part, ...] = get_args(Part),
     sizes: tuple[str, ...] = (),
+    models: tuple[Path, ...] = (),
     at_once: int = 1,
     task_limit: int | None = None,
     device: str = "auto",
@@ -58,6 +63,7 @@ def reproduce(
         page: The page to write, with its plots beside it in images; by default WORK/study.md.
         parts: What to do, in this order; speed and cost want a device for themselves.
         sizes: Families of models to train and measure, such as mini; by default all of the study.
+        models: Trained checkpoints from elsewhere, with the tokenizer of the data, whose tasks are probed too.
         at_once: Models trained or measured at the same time on each device.
         task_limit: Documents of each task, at most.
         device: cpu, cuda, cuda:1 ..., or auto: all GPUs where there is one.
@@ -73,6 +79,7 @@ def reproduce(
         devices=tuple(f"cuda:{i}" for i in range(gpus)) or (str(resolve_device(device)),),
         at_once=at_once,
         quick=quick,
+        models=models,
     )
     if "data" in parts:
         _prepare(study, corpus, {"held-out": held_out, "wikitext": wikitext}, tokenizer)

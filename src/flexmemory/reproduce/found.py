@@ -11,7 +11,7 @@ from typing import Any
 
 from flexmemory.storage import read_json
 
-PARTS = ("speed", "quality", "probes", "pruning", "compression", "cells", "cost")
+PARTS = ("speed", "quality", "probes", "pruning", "compression", "cells", "models", "cost")
 Entry = Mapping[str, Any]
 
 
@@ -49,16 +49,17 @@ class Found:
         return statistics.mode(run["tokens"] for run in runs)
 
     def lr(self, size: str) -> float:
-        """The learning rate of the reference runs."""
-        tokens = self.tokens(size)
-        return next(run["lr"] for run in self._runs(size, "base") if run["tokens"] == tokens)
+        """The learning rate of the reference runs: the base's best at their tokens."""
+        return min(self.swept(size, "base")[self.tokens(size)], key=lambda run: self.nats(run))["lr"]
 
     def _runs(self, size: str, variant: str) -> list[Entry]:
         return [run for run in self.parts["quality"].values() if (run["size"], run["variant"]) == (size, variant)]
 
-    def run(self, size: str, variant: str, *, tokens: int | None = None, seed: int = 0) -> Entry | None:
-        """A run at the reference learning rate; None where there is none."""
-        wanted = (tokens or self.tokens(size), seed, self.lr(size))
+    def run(
+        self, size: str, variant: str, *, tokens: int | None = None, seed: int = 0, lr: float | None = None
+    ) -> Entry | None:
+        """A run, by default at the reference tokens and learning rate; None where there is none."""
+        wanted = (tokens or self.tokens(size), seed, lr or self.lr(size))
         return next(
             (run for run in self._runs(size, variant) if (run["tokens"], run["seed"], run["lr"]) == wanted), None
         )
@@ -68,11 +69,24 @@ class Found:
         found = [run for run in self._runs(size, variant) if run["seed"] == 0 and run["lr"] == self.lr(size)]
         return sorted(found, key=lambda run: run["tokens"])
 
-    def sweep(self, size: str, variant: str) -> dict[float, Entry]:
-        """Runs at the fewest tokens by learning rate."""
-        runs = self._runs(size, variant)
-        fewest = min((run["tokens"] for run in runs), default=0)
-        return {run["lr"]: run for run in sorted(runs, key=lambda run: run["lr"]) if run["tokens"] == fewest}
+    def swept(self, size: str, variant: str) -> dict[int, list[Entry]]:
+        """Runs of seed 0 by tokens, at each the learning rates in rising order."""
+        runs: dict[int, list[Entry]] = {}
+        for run in sorted(self._runs(size, variant), key=lambda run: (run["tokens"], run["lr"])):
+            if run["seed"] == 0:
+                runs.setdefault(run["tokens"], []).append(run)
+        return runs
+
+    def equal_time(self, size: str, variant: str) -> tuple[Entry, Entry] | None:
+        """The base, and a run of about as many tokens as a variant takes in its training time, at one rate."""
+        speed = self.parts["speed"]
+        ratio = speed[f"{size}-{variant}"]["tokens_per_s"] / speed[f"{size}-base"]["tokens_per_s"]
+        wanted = self.tokens(size) * ratio
+        for run in sorted(self._runs(size, variant), key=lambda run: abs(run["tokens"] - wanted)):
+            base = self.run(size, "base", lr=run["lr"])
+            if base is not None and abs(run["tokens"] / wanted - 1) < 0.01:
+                return base, run
+        return None
 
     def nats(self, entry: Entry, text: str | None = None) -> float:
         """Nats a token of a text, by default the held-out one."""

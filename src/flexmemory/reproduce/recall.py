@@ -59,19 +59,31 @@ def recall_claims(found: Found) -> Iterator[Claim]:
 def falls(found: Found) -> list[Falls]:
     """Of all models that were probed with their gains."""
     result = []
+    for model, whole, scaled in graded_pairs(found):
+        tasks = [task for task in TASKS if is_sure(whole, task)]
+        beyond = {task: fall_beyond(found, whole, scaled, task) for task in tasks}
+        result.append(
+            Falls(
+                model=model,
+                fall={task: fall(whole, scaled, task) for task in tasks},
+                beyond={task: found_fall for task, found_fall in beyond.items() if found_fall is not None},
+            )
+        )
+    return result
+
+
+def graded_pairs(found: Found) -> Iterator[tuple[str, Entry, Entry]]:
+    """Models whose gains were measured, whole and scaled: the study's, and those from elsewhere."""
     for size in found.sizes:
         for variant in VARIANTS:
             whole, scaled = found.probe(size, variant), found.probe(size, variant, alpha=ALPHA)
             if whole is not None and scaled is not None and has_gains(whole):
-                tasks = [task for task in TASKS if is_sure(whole, task)]
-                result.append(
-                    Falls(
-                        model=f"{size} {variant}",
-                        fall={task: fall(whole, scaled, task) for task in tasks},
-                        beyond={task: fall_beyond(found, whole, scaled, task) for task in tasks},
-                    )
-                )
-    return result
+                yield f"{size} {variant}", whole, scaled
+    entries = list(found.parts["models"].values())
+    for whole in entries:
+        scaled = next((each for each in entries if (each["model"], each["alpha"]) == (whole["model"], ALPHA)), None)
+        if whole["alpha"] == 1 and scaled is not None and has_gains(whole):
+            yield whole["model"], whole, scaled
 
 
 def is_sure(entry: Entry, task: str) -> bool:
@@ -86,9 +98,16 @@ def fall(whole: Entry, scaled: Entry, task: str) -> Metric:
     return _jackknife(lambda kept: after[kept].mean() / before[kept].mean() - 1, len(before))
 
 
-def fall_beyond(found: Found, whole: Entry, scaled: Entry, task: str) -> Metric:
-    """`fall` less that of the curve between both perplexities; the error has the scatter around the curve, too."""
-    models = [run for run in found.graded if math.isfinite(found.nats(run))]
+def fall_beyond(found: Found, whole: Entry, scaled: Entry, task: str) -> Metric | None:
+    """`fall` less that of the curve between both perplexities; the error has the scatter around the curve, too.
+
+    None where fewer than four whole models were judged on the same documents.
+    """
+    count = whole["tasks"][task]["documents"]
+    models = [run for run in found.graded if run["tasks"][task]["documents"] == count]
+    models = [run for run in models if math.isfinite(found.nats(run))]
+    if len(models) < 4:
+        return None
     nats = np.array([found.nats(run) for run in models])
     gains = np.array([_blocks(run, task) for run in models])  # (M, B)
     powers = _powers(nats)

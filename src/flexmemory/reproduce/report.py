@@ -9,8 +9,8 @@ from pathlib import Path
 from flexmemory.evaluate.tasks import Metric
 from flexmemory.reproduce import figures
 from flexmemory.reproduce.claims import PAPER_COST, claims
-from flexmemory.reproduce.found import Entry, Found, accuracy, has_gains, metric_of
-from flexmemory.reproduce.recall import ALPHA, CHANCE, SURE, VARIANTS, contrast, falls
+from flexmemory.reproduce.found import Entry, Found, accuracy, metric_of
+from flexmemory.reproduce.recall import ALPHA, CHANCE, SURE, contrast, falls, graded_pairs
 from flexmemory.reproduce.study import RECALL, TASKS
 
 CAPTIONS = {
@@ -148,16 +148,21 @@ def _equal_time(found: Found) -> Lines:
     for entry in speed.values():
         size, variant = entry["size"], entry["variant"]
         ratio = entry["tokens_per_s"] / speed[f"{size}-base"]["tokens_per_s"]
-        base, wanted = found.run(size, "base"), found.tokens(size) * ratio
-        run = min(found.budgets(size, variant), key=lambda run: abs(run["tokens"] - wanted), default=None)
-        cells = (f"{entry['tokens_per_s']:,.0f}", f"{ratio:.2f}")
-        if run is None or abs(run["tokens"] / wanted - 1) > 0.01:
-            rows.append((f"{size} {variant}", *cells, "", "", ""))
+        cells = (f"{size} {variant}", f"{entry['tokens_per_s']:,.0f}", f"{ratio:.2f}")
+        pair = None if variant == "base" else found.equal_time(size, variant)
+        if pair is None:
+            rows.append((*cells, "", "", "", "", ""))
         else:
-            change = "" if variant == "base" else _change(found, run, base)
-            rows.append((f"{size} {variant}", *cells, f"{run['tokens'] / 1e6:.3g}M", f"{found.ppl(run):.2f}", change))
-    yield "Each trained alone on the device; then in the time of the base's run:\n"
-    yield from _table(("", "tokens/s", "to the base", "tokens", "perplexity", "to the base's"), rows)
+            base, run = pair
+            ppl = (f"{found.ppl(base):.2f}", f"{found.ppl(run):.2f}", _change(found, run, base))
+            rows.append((*cells, f"{run['lr']:g}", f"{run['tokens'] / 1e6:.3g}M", *ppl))
+    yield "Each trained alone on the device; then in the time of the base's run, both at one learning rate:\n"
+    header = ("", "tokens/s", "to the base", "learning rate", "tokens", "base", "perplexity", "to the base's")
+    yield from _table(header, rows)
+    yield (
+        "At the paper's 1B shape memory and flex-3 train faster than the base (README): there FFN-M saves products of "
+        "large matrices, in models of this size hardly anything.\n"
+    )
 
 
 def _beyond_perplexity(found: Found) -> Lines:
@@ -204,7 +209,8 @@ def _beyond_by_gain(found: Found) -> Lines:
     yield from _table(("", *names, "recall less reasoning"), rows)
     yield (
         "Perplexity's prediction is a parabola in held-out nats through all whole models. Errors are over documents, "
-        "paired, and beyond perplexity also of the models' scatter around that curve.\n"
+        "paired, and beyond perplexity also of the models' scatter around that curve; "
+        "empty where too few models were judged on the same documents.\n"
     )
 
 
@@ -216,12 +222,11 @@ def _runs(found: Found) -> Lines:
     yield "## Runs\n"
     for size in found.sizes:
         for variant in ("base", "memory"):
-            swept = found.sweep(size, variant)
-            if len(swept) > 1:
-                rates = ", ".join(f"{found.ppl(run):.1f} at {lr:g}" for lr, run in swept.items())
-                tokens = next(iter(swept.values()))["tokens"] / 1e6
-                yield f"- {size} {variant}, {tokens:.3g}M tokens, by learning rate: {rates}"
-        yield f"- {size}: all runs at {found.lr(size):g}, the base's best of these"
+            for tokens, runs in found.swept(size, variant).items():
+                if len(runs) > 1:
+                    rates = ", ".join(f"{found.ppl(run):.1f} at {run['lr']:g}" for run in runs)
+                    yield f"- {size} {variant}, {tokens / 1e6:.3g}M tokens, by learning rate: {rates}"
+        yield f"- {size}: all other runs at {found.lr(size):g}"
     yield ""
     texts = list(next(iter(found.parts["quality"].values()))["texts"])
     rows = []
@@ -261,16 +266,9 @@ def _tasks(found: Found) -> Lines:
     if not found.graded:
         return
     rows = []
-    for size in found.sizes:
-        for variant in VARIANTS:
-            if (probe := found.probe(size, variant)) is not None and has_gains(probe):
-                gains = [probe["tasks"][task]["gain"] for task in TASKS]
-                rows.append(
-                    (
-                        f"{size} {variant}",
-                        *(f"{100 * gain['value']:.1f} ± {100 * gain['stderr']:.1f}" for gain in gains),
-                    )
-                )
+    for model, whole, _ in graded_pairs(found):
+        gains = [whole["tasks"][task]["gain"] for task in TASKS]
+        rows.append((model, *(f"{100 * gain['value']:.1f} ± {100 * gain['stderr']:.1f}" for gain in gains)))
     yield from _table(("gain, points", *TASKS), rows)
 
 
@@ -324,14 +322,16 @@ def _limits(found: Found) -> Lines:
         "one of these tokens alone."
     )
     for size in found.sizes:
-        rates = sorted(found.sweep(size, "base"))
+        swept = found.swept(size, "base")
+        tokens = max((tokens for tokens, runs in swept.items() if len(runs) > 1), default=found.tokens(size))
+        rates = [run["lr"] for run in swept[tokens]]
         if len(rates) > 1 and found.lr(size) in (rates[0], rates[-1]):
-            swept = ", ".join(f"{rate:g}" for rate in rates)
             yield (
-                f"- {size}: the base's best learning rate lies at the edge of the sweep ({swept}), so the base may do "
-                "better at another; memory and flex models were not given their own best either."
+                f"- {size}: the base's best learning rate lies at the edge of those tried at {tokens / 1e6:.3g}M "
+                f"tokens ({', '.join(f'{rate:g}' for rate in rates)}), so the base may do better at another."
             )
-    yield "- One recipe, chosen on the base. One seed but where another is named."
+    yield "- One recipe, chosen on the base; memory and flex models were not given their own best learning rate."
+    yield "- One seed but where another is named."
     if found.has_tasks:
         scored = next(run["tasks"] for run in found.parts["quality"].values() if run["tasks"])
         documents = ", ".join(f"{task} {score['documents']:,}" for task, score in scored.items())

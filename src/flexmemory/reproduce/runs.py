@@ -5,7 +5,8 @@
       runs/NAME                                     training runs (`flexmemory train`)
 
 All runs of a size see the same tokens in the same order under one recipe. Its learning rate is the best of a sweep on
-the dense base at half the tokens; memory is swept beside it, so that what the choice costs it can be seen.
+the dense base at as many tokens (with half of them another rate was the best); memory is swept beside it, so that what
+the choice costs it can be seen.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def sweep(size: Size) -> list[Run]:
     """The runs that choose the learning rate: none where there is one."""
     if len(size.lrs) == 1:
         return []
-    return [Run(size=size, variant=v, tokens=size.tokens // 2, lr=lr) for lr in size.lrs for v in SWEPT]
+    return [Run(size=size, variant=v, tokens=size.tokens, lr=lr) for lr in size.lrs for v in SWEPT]
 
 
 def reference_runs(size: Size, *, lr: float, speed: Mapping[str, float] | None = None) -> list[Run]:

@@ -43,7 +43,7 @@ FULL = (
         family="mini", tokens=65_536_000, lrs=(1.5e-3, 3e-3, 6e-3), seeds=2, ablations=ABLATIONS, budgets=(0.5, 2.0)
     ),
     Size(
-        family="small", tokens=65_536_000, lrs=(3.75e-4, 7.5e-4, 1.5e-3, 3e-3),
+        family="small", tokens=65_536_000, lrs=(7.5e-4, 1.5e-3, 3e-3),
         ablations=("base-as-memory", "base-as-flex3"),
     ),
 )  # fmt: skip
@@ -75,6 +75,8 @@ class Study:
     at_once: int = 1
     """Models trained or measured at the same time on each device."""
     quick: bool = False
+    models: tuple[Path, ...] = ()
+    """Checkpoints from elsewhere with the same tokenizer, to be probed too."""
 
     @property
     def device(self) -> str:
