@@ -1,6 +1,7 @@
 # make demo    train, build the lookups, generate from disk (about 6 minutes on 2 cores after set-up)
 # make test    the test suite (make test-gpu: what needs a GPU)
 # make lint    formatting, lint, types, spelling
+# GPU tests run without the jaxtyping hook: under it Triton does not find `tl` in kernels (Python 3.12, beartype 0.23).
 # Each sets up .venv by itself: the torch build that fits this machine (CPU without a GPU), then the package.
 
 PYTHON ?= python3
@@ -28,8 +29,7 @@ test: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -o addopts= -m interpreted tests/engine tests/tol tests/train
 
 test-gpu: setup
-	$(BIN)/python -m pytest -q -m "gpu and not compile"
-	$(BIN)/python -m pytest -q -o addopts= -m "gpu and compile"
+	$(BIN)/python -m pytest -q -o addopts=--strict-markers -m gpu
 
 lint: setup
 	$(BIN)/ruff format --check src tests benchmarks models examples docs/site_hooks.py
