@@ -171,23 +171,47 @@ def frontier_table(results: dict) -> str:
     figures = [{each["name"]: each for each in model["results"]} for model in models]
     heads = "".join(f" {model['model']} |" for model in models)
     lines = [f"| rows | times smaller |{heads}", f"|---|---:|{'---:|' * len(models)}"]
+    runs = list(zip(*(model["runs"] for model in models), strict=True))
+    marks = {name: "\\*" * number for number, (run, _) in enumerate(runs) for name in run["measured"]}
     for name, first in figures[0].items():
         rises = [f"{each[name]['rise_percent']:+.3f} ± {each[name]['stderr']:.3f}" for each in figures]
-        lines.append(f"| {name} | {first['times_smaller']:.2f} | {' | '.join(rises)} |")
-    later = [json.loads((RESULTS / f"tol_trellis_{model['model']}.json").read_text()) for model in models]
-    for row in zip(*(model["results"] for model in later), strict=True):
-        rises = [f"{each['rise_percent']:+.3f} ± {each['stderr']:.3f}" for each in row]
-        lines.append(f"| {row[0]['name']}, trellis codes* | {row[0]['times_smaller']:.2f} | {' | '.join(rises)} |")
-    where = results["provenance"]
+        lines.append(f"| {name}{marks[name]} | {first['times_smaller']:.2f} | {' | '.join(rises)} |")
     perplexities = " and ".join(f"{model['perplexity']:.2f}" for model in models)
     text = f"{results['tokens']:,} tokens of unseen text, perplexity {perplexities}"
-    since = later[0]["provenance"]
-    lines += ["", f"{text}; {where['gpu']}, torch {where['torch']}, commit {where['commit']}."]
-    tokens = f"{later[0]['calibration_tokens']:,} instead of {results['calibration_tokens']:,} tokens of calibration"
-    lines += [
-        "",
-        f"\\* Planned since commit {since['commit']}, on {since['cpu']}, with {tokens}; other plans are of before.",
+    lines += ["", f"{text}; {_run_of_both(runs[0])}."]
+    for run in runs[1:]:
+        lines += ["", f"{marks[run[0]['measured'][0]]} Measured later, by newer code: {_run_of_both(run)}."]
+    return "\n".join(lines)
+
+
+def _run_of_both(run: tuple[dict, ...]) -> str:
+    where = run[0]["provenance"]
+    commits = " and ".join(dict.fromkeys(each["provenance"]["commit"] for each in run))
+    tokens = f"{run[0]['calibration_tokens']:,} tokens of calibration"
+    return f"{tokens}, {where['gpu']}, torch {where['torch']}, commit {commits}"
+
+
+def coded_table(results: dict) -> str:
+    """Decoding with rows in few bits beside bf16 rows of the same place, as Markdown."""
+    heads = {("decode", 1): "ms/token at batch 1", ("decode", 64): "at batch 64", ("prefill", None): "prompt, ms"}
+    found: dict[str, dict[tuple, float]] = {}
+    for entry in results["entries"]:
+        if "rows" in entry:
+            ms = entry["ms" if entry["bench"] == "prefill" else "ms_per_token"]
+            found.setdefault(entry["rows"], {})[entry["bench"], entry.get("batch")] = ms
+    lines = [
+        f"| |{''.join(f' {head} | to bf16 |' for head in heads.values())}",
+        f"|---|{'---:|---:|' * len(heads)}",
     ]
+    for rows in sorted(found, key=lambda rows: rows.split()[-1]):
+        *codec, place = rows.split()
+        cells = [f"{' '.join(codec) or 'bf16'} rows {'on the device' if place == 'device' else 'in host memory'}"]
+        for key in heads:
+            ms = found[rows].get(key)
+            cells += [f"{ms:.3f}", f"{ms / found[place][key] - 1:+.1%}" if codec else ""] if ms else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    where = results["provenance"]
+    lines += ["", f"{where['gpu']}, torch {where['torch']}, Python {where['python']}, commit {where['commit']}."]
     return "\n".join(lines)
 
 
@@ -264,6 +288,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[dict], str]]] = {
         "tol_frontier_mini-memory": frontier_table,
     },
     "docs/converting.md": {"convert": convert_table},
+    "docs/engine.md": {"decode_coded": coded_table},
     "docs/index-format.md": {"index": index_table},
     "docs/explorer.md": {
         "explorer-1b": explorer_table,

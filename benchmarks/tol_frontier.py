@@ -4,8 +4,8 @@
 
 DATA and TEST are folders of `flexmemory prepare`: the training split of DATA calibrates and counts, that of TEST is
 measured on. Choose text for TEST that the model was not trained on.
-Results that are there are not made again. Rises are of the same windows with both rows; standard errors are over
-windows. Beside OUT goes a picture, OUT as .png.
+Results that are there are not made again; `runs` says where each comes from. Rises are of the same windows with both
+rows; standard errors are over windows. Beside OUT goes a picture, OUT as .png.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     bench = Bench(args)
-    report: dict[str, Any] = {"results": []}
+    report: dict[str, Any] = {"results": [], "runs": []}
     if args.out.exists():
         report = json.loads(args.out.read_text())
         if report["checkpoint_fingerprint"] != bench.checkpoint.fingerprint:
@@ -157,6 +157,8 @@ def main() -> None:
     done = {each["name"] for each in report["results"]}
     names = [name for _, name, _ in entries(bench)]
     wanted = [entry for entry in entries(bench) if entry[1] not in done]
+    run: dict[str, Any] = {"provenance": provenance(), "calibration_tokens": args.calibration, "measured": []}
+    report["runs"] += [run] if wanted else []
     for first in range(0, len(wanted), TOGETHER):
         made = [(kind, name, *make()) for kind, name, make in wanted[first : first + TOGETHER]]
         rises = compare_rises(
@@ -178,16 +180,15 @@ def main() -> None:
                     "predicted_percent": None if predicted is None else 100 * math.expm1(predicted),
                 }
             )
+            run["measured"].append(name)
             logging.info("%s", report["results"][-1])
             report |= {
                 "model": bench.checkpoint.path.name,
                 "checkpoint_fingerprint": bench.checkpoint.fingerprint,
                 "bf16_bytes": bench.plain_bytes,
-                "calibration_tokens": args.calibration,
                 "tokens": found.tokens,
                 "loss": found.loss,
                 "perplexity": math.exp(found.loss),
-                "provenance": provenance(),
             }
         report["results"].sort(key=lambda each: names.index(each["name"]))
         args.out.write_text(json.dumps(report, indent=2) + "\n")
