@@ -5,7 +5,7 @@ import torch
 
 from flexmemory.tol import trellis
 from flexmemory.tol.allocate import noise
-from flexmemory.tol.coding import Coding, normal_levels
+from flexmemory.tol.coding import Coding, SliceTensors, decode_slice, encode_slice, normal_levels
 from flexmemory.tol.trellis import (
     NOISE,
     WINDOW,
@@ -114,6 +114,15 @@ def test_errors_are_as_stated_and_a_share_of_lloyd_and_max(bits, share):
     assert noise(bits) == NOISE[bits]
     alone = float((normal_levels(bits) - numbers[..., None]).abs().amin(-1).square().mean())
     assert error < share * alone
+
+
+@pytest.mark.parametrize("bits", [1, 4, 6, 8])
+def test_slices_with_scales_have_the_stated_errors(bits):
+    numbers, coding = normal(16, 256, seed=9), Coding(levels="trellis", widths=((bits, 256),), group=256)
+    numbers *= torch.linspace(0.01, 0.5, 16)[:, None]
+    found = decode_slice(encode_slice(numbers, coding, SliceTensors()), coding, SliceTensors())
+    error = float((found - numbers).square().sum() / numbers.square().sum())
+    assert error == pytest.approx(NOISE[bits], rel=0.1)
 
 
 def test_errors_go_where_they_cost_least():

@@ -335,16 +335,16 @@ def _scales(
     coding: Coding,
     tensors: SliceTensors,
 ) -> UInt8[Tensor, "U groups"]:
-    """The bytes of the scales; of a trellis those that are best for `normal` levels of the same bits."""
-    if coding.levels == "trellis":
-        coding = dataclasses.replace(coding, levels="normal")
+    """The bytes of the scales; of a trellis the deviations, which its levels are made for."""
     largest = grouped.abs().amax(dim=-1)
     if coding.levels == "fp8":
         return _byte_of(largest / 448.0, up=True)
     if coding.levels == "int" and coding.widths[0][0] == 8:  # no number is cut off: the error is half a step at most
         return _byte_of(largest / 127.0, up=True)
+    spread = (grouped.square() * weights).sum(-1).div(weights.sum(-1).clamp(min=1e-30)).sqrt()
+    if coding.levels == "trellis":
+        return _byte_of(spread)
     if coding.levels in ("normal", "pq"):
-        spread = (grouped.square() * weights).sum(-1).div(weights.sum(-1).clamp(min=1e-30)).sqrt()
         middle, reach = _byte_of(spread).int(), 12
     else:
         top = levels_of(coding.levels, coding.widths[0][0]).max().item()
