@@ -210,8 +210,13 @@ def _beyond_by_gain(found: Found) -> Lines:
     yield (
         "Perplexity's prediction is a parabola in held-out nats through all whole models. Errors are over documents, "
         "paired, and beyond perplexity also of the models' scatter around that curve; "
-        "empty where too few models were judged on the same documents.\n"
+        "empty where too few models were judged on the same documents."
     )
+    most = {max(score["documents"] for score in entry["tasks"].values()) for entry in found.graded}
+    for model, whole, _ in graded_pairs(found):
+        if (count := max(score["documents"] for score in whole["tasks"].values())) < max(most):
+            yield f"{model}: the first {count:,} documents of each task."
+    yield ""
 
 
 def _points(metric: Metric | None) -> str:
