@@ -25,8 +25,8 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
-	$(BIN)/python -m pytest -q -o addopts= -m "compile and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -o addopts= -m interpreted tests/engine tests/tol tests/train
+	$(BIN)/python -m pytest -q -n 2 -o addopts= -m "compile and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -o addopts= -m interpreted tests/engine tests/tol tests/train
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -o addopts=--strict-markers -m gpu
