@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from flexmemory.model.checkpoint import Checkpoint
 from flexmemory.train.data import TokenDataset
 from flexmemory.train.frequency import token_counts
 
+Panel = Callable[[Axes, dict[str, Any]], None]
+"""Draws a model's results."""
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
@@ -122,19 +125,25 @@ def draw_outliers(results: list[dict[str, Any]]) -> None:
         save(figure, "findings-outliers.png")
 
 
-def draw_sharing(results: list[dict[str, Any]]) -> None:
-    """Keys in common, and pairs told apart by cosine, with their controls."""
+def draw_pair(results: list[dict[str, Any]], name: str, panels: Sequence[tuple[Panel, str]]) -> None:
+    """Two panels beside each other for each model, legends below; titles take entries of a model's results."""
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 3.4 * len(results) + 0.6), layout="constrained")
         rows = figure.subplots(len(results), 2, squeeze=False, sharey="col")
         for row, each in zip(rows, results, strict=True):
-            jaccard_panel(row[0], each)
-            auroc_panel(row[1], each)
-            row[0].set_title(f"{each['model']}: share of the top {each['top_keys']} keys in common", fontsize=9)
-            row[1].set_title(f"{each['model']}: pairs of a category told from others (AUROC)", fontsize=9)
+            for axes, (panel, title) in zip(row, panels, strict=True):
+                panel(axes, each)
+                axes.set_title(title.format(**each), fontsize=9)
         for axes in rows[-1]:
             axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=2)
-        save(figure, "findings-sharing.png")
+        save(figure, name)
+
+
+def draw_sharing(results: list[dict[str, Any]]) -> None:
+    """Keys in common, and pairs told apart by cosine, with their controls."""
+    jaccard = (jaccard_panel, "{model}: share of the top {top_keys} keys in common")
+    auroc = (auroc_panel, "{model}: pairs of a category told from others (AUROC)")
+    draw_pair(results, "findings-sharing.png", (jaccard, auroc))
 
 
 def sharing_names(sharing: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -187,17 +196,9 @@ def auroc_panel(axes: Axes, results: dict[str, Any]) -> None:
 
 def draw_meaning(results: list[dict[str, Any]]) -> None:
     """Intruders found in clusters, and keys that stand for categories, with their controls and nulls."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(11, 3.4 * len(results) + 0.6), layout="constrained")
-        rows = figure.subplots(len(results), 2, squeeze=False, sharey="col")
-        for row, each in zip(rows, results, strict=True):
-            intruder_panel(row[0], each)
-            key_panel(row[1], each)
-            row[0].set_title(f"{each['model']}: intruders found by co-occurrence", fontsize=9)
-            row[1].set_title(f"{each['model']}: score of categories, each by its best key", fontsize=9)
-        for axes in rows[-1]:
-            axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=2)
-        save(figure, "findings-meaning.png")
+    intruders = (intruder_panel, "{model}: intruders found by co-occurrence")
+    keys = (key_panel, "{model}: score of categories, each by its best key")
+    draw_pair(results, "findings-meaning.png", (intruders, keys))
 
 
 def intruder_panel(axes: Axes, results: dict[str, Any]) -> None:
