@@ -96,6 +96,7 @@ def test_the_rate_is_the_best_of_the_base_at_the_tokens_of_all(tmp_path):
     page = report.text(found, {})
     assert "| nano memory | 800 | 0.80 | 0.0005 | 8e-05M | 22.20 | 27.11 | +22.1 % |" in page
     assert "edge of those tried at 0.0001M tokens (0.0005, 0.001)" in page
+    assert "with 5e-05M tokens the base is better at 0.0005 (30.0) than at the rate of all others (33.1)" in page
 
 
 def test_there_must_be_results(tmp_path):

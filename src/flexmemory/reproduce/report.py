@@ -335,6 +335,14 @@ def _limits(found: Found) -> Lines:
                 f"- {size}: the base's best learning rate lies at the edge of those tried at {tokens / 1e6:.3g}M "
                 f"tokens ({', '.join(f'{rate:g}' for rate in rates)}), so the base may do better at another."
             )
+        for tokens, runs in swept.items():
+            own, best = (next((run for run in runs if run["lr"] == found.lr(size)), None), min(runs, key=found.nats))
+            if own is not None and own is not best:
+                yield (
+                    f"- {size}: with {tokens / 1e6:.3g}M tokens the base is better at {best['lr']:g} "
+                    f"({found.ppl(best):.1f}) than at the rate of all others ({found.ppl(own):.1f}), so a lead there "
+                    "is partly the rate's."
+                )
     yield "- One recipe, chosen on the base; memory and flex models were not given their own best learning rate."
     yield "- One seed but where another is named."
     if found.has_tasks:
